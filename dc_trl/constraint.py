@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The discrepancy constraint of a run: its multiplier, its tolerance, and how a batch's mean moves them."""
+
+import math
+from typing import Any
+
+from dc_trl.dual import DualVariable
+
+
+class DiscrepancyTolerance:
+    """Tolerance ε of the constraint mean discrepancy ≤ ε (DC-GRPO, arXiv 2606.08779, eq. 6).
+
+    The discrepancy of two engines that hold the same weights, the floor, depends on model, precision and kernels, so a
+    number is right only for the stack on which it was measured. Without one, the floor is the mean over the first
+    batches of a run, and the tolerance `floor · slack`. The procedure is ours; the paper gives numbers only.
+
+    Args:
+        value: the tolerance, in units of the discrepancy metric; None calibrates it.
+        slack: tolerance as a multiple of the calibrated floor.
+        batches: number of generation batches that calibrate.
+    """
+
+    def __init__(self, value: float | None, slack: float = 1.25, batches: int = 8) -> None:
+        self.given = value
+        self.slack = slack
+        self.batches = batches
+        self._total = 0.0
+        self._count = 0
+
+    @property
+    def value(self) -> float | None:
+        """The tolerance in use; None while calibrating."""
+        if self.given is not None:
+            return self.given
+        return self.slack * self._total / self._count if self._count >= self.batches else None
+
+    def update(self, mean_discrepancy: float) -> None:
+        """Takes in one batch's mean; without effect once the tolerance is known, or if the mean is not finite."""
+        if self.value is None and math.isfinite(mean_discrepancy):
+            self._total += mean_discrepancy
+            self._count += 1
+
+    def state_dict(self) -> dict[str, float | int]:
+        """The calibration so far. A given tolerance is config, not state."""
+        return {"total": self._total, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Restores `state_dict()`."""
+        self._total, self._count = float(state["total"]), int(state["count"])
+
+
+class DiscrepancyConstraint:
+    """One of the four constraints, with its dual variable and its tolerance.
+
+    Args:
+        kind: `none`, `fixed`, `threshold` or `lagrangian`; see `dc_trl.advantage.discrepancy_penalty`.
+        dual: the multiplier; only `lagrangian` moves it.
+        tolerance: the tolerance; every kind calibrates it, so that the violation is logged.
+    """
+
+    def __init__(self, kind: str, dual: DualVariable, tolerance: DiscrepancyTolerance) -> None:
+        self.kind = kind
+        self.dual = dual
+        self.tolerance = tolerance
+
+    @property
+    def multiplier(self) -> float:
+        """λ_k as it acts on this iteration: 0 with `none`, and while the tolerance that the kind needs is unknown."""
+        waits = self.tolerance.value is None and self.kind != "fixed"
+        return 0.0 if waits or self.kind == "none" else self.dual.value
+
+    def violation(self, mean_discrepancy: float) -> float:
+        """Mean discrepancy − tolerance, positive where the constraint is violated; NaN while calibrating."""
+        return math.nan if self.tolerance.value is None else mean_discrepancy - self.tolerance.value
+
+    def update(self, mean_discrepancy: float) -> list[tuple[str, str]]:
+        """Ends an iteration, eq. 11: calibrates while the tolerance is unknown, then moves λ.
+
+        Args:
+            mean_discrepancy: d̄_k over all ranks and micro-batches.
+
+        Returns:
+            What a person should be told once, as (topic, message).
+        """
+        if self.tolerance.value is not None:
+            if self.kind == "lagrangian":
+                self.dual.step(self.violation(mean_discrepancy))
+            return [("saturated", self._saturation())] if self.kind == "lagrangian" and self.dual.saturated else []
+        self.tolerance.update(mean_discrepancy)
+        notices = [("calibrating", f"calibrating the tolerance on {self.tolerance.batches} generation batches.")]
+        if self.tolerance.value is not None:
+            notices.append(("calibrated", f"discrepancy tolerance calibrated to {self.tolerance.value:.3g}."))
+        return notices
+
+    def _saturation(self) -> str:
+        return (
+            f"the multiplier reached `multiplier_max` = {self.dual.maximum}: the discrepancy stays above the "
+            f"tolerance of {self.tolerance.value:.3g}. Look for a broken or stale weight sync first, then at its value."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: λ and the calibration."""
+        return {"dual": self.dual.state_dict(), "tolerance": self.tolerance.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`."""
+        self.dual.load_state_dict(state["dual"])
+        self.tolerance.load_state_dict(state["tolerance"])

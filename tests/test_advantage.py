@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Penalised and leave-one-out advantages, and the importance ratio, against numbers worked by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dc_trl.advantage import discrepancy_penalty, penalised_advantages, rloo_advantages, zero_variance_groups
+from dc_trl.importance import importance_sampling_ratio
+
+D = torch.tensor([[0.01, 0.03], [0.02, 0.0]])
+VALID = torch.tensor([[True, True], [True, False]])
+
+
+def penalty(**options: Any) -> torch.Tensor:
+    return discrepancy_penalty(D, VALID, **({"multiplier": 0.5, "tolerance": 0.015} | options))
+
+
+def test_penalties_by_hand() -> None:
+    assert (penalty(constraint="none") == 0).all()
+    torch.testing.assert_close(penalty(constraint="fixed"), torch.tensor([[0.005, 0.015], [0.01, 0.0]]))
+    torch.testing.assert_close(penalty(constraint="lagrangian"), penalty(constraint="fixed"))
+    torch.testing.assert_close(penalty(constraint="threshold"), torch.tensor([[0.0, 0.015], [0.01, 0.0]]))
+
+
+def test_sequence_level_uses_the_mean_of_valid_tokens() -> None:
+    torch.testing.assert_close(
+        penalty(constraint="fixed", level="sequence"), torch.tensor([[0.01, 0.01], [0.01, 0.0]])
+    )
+
+
+def test_calibrating_applies_fixed_only() -> None:
+    assert penalty(constraint="fixed", tolerance=None).sum() > 0
+    for constraint in ("threshold", "lagrangian"):
+        assert (penalty(constraint=constraint, tolerance=None) == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"constraint": "soft"}, {"constraint": "fixed", "level": "word"}])
+def test_unknown_choices_are_named(options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="soft|word"):
+        penalty(**options)
+
+
+def test_penalty_is_detached() -> None:
+    d = D.clone().requires_grad_()
+    assert not discrepancy_penalty(d, VALID, constraint="fixed", multiplier=1.0, tolerance=None).requires_grad
+
+
+@pytest.mark.parametrize("advantages", [torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 1.0], [-1.0, -1.0]])])
+def test_both_signs_are_lowered(advantages: torch.Tensor) -> None:
+    result = penalised_advantages(advantages, penalty(constraint="fixed"))
+    torch.testing.assert_close(result, torch.tensor([[0.995, 0.985], [-1.01, -1.0]]))
+
+
+def test_rloo_by_hand() -> None:
+    # Group 1: 1 − (0+2)/2 = 0, 0 − 1.5, 2 − 0.5. Group 2: the NaN has no reward, the others compare with each other.
+    rewards = torch.tensor([1.0, 0.0, 2.0, 1.0, torch.nan, 0.5])
+    torch.testing.assert_close(rloo_advantages(rewards, 3), torch.tensor([0.0, -1.5, 1.5, 0.5, 0.0, -0.5]))
+
+
+def test_rloo_without_others_is_zero() -> None:
+    assert (rloo_advantages(torch.tensor([3.0, torch.nan]), 2) == 0).all()
+
+
+def test_zero_variance_groups() -> None:
+    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, torch.nan, torch.nan, torch.nan, 2.0])
+    expected = torch.tensor([True, True, False, False, True, True, True, True])
+    assert torch.equal(zero_variance_groups(rewards, 2), expected)
+
+
+TRAIN = torch.tensor([[0.9, 0.1], [0.3, 0.5]]).log()
+SAMPLING = torch.tensor([[0.3, 0.2], [0.3, 0.5]]).log()  # ratios 3, 0.5 | 1, 1; sequence ratios 1.5, 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected", "kept"),
+    [
+        ("token_truncate", [[2.0, 0.5], [1.0, 1.0]], [[True, True], [True, True]]),
+        ("token_mask", [[0.0, 0.5], [1.0, 1.0]], [[False, True], [True, True]]),
+        ("sequence_truncate", [[1.5], [1.0]], [[True], [True]]),
+        ("sequence_mask", [[1.5], [1.0]], [[True], [True]]),
+    ],
+)
+def test_importance_ratio_by_hand(mode: str, expected: list[list[float]], kept: list[list[bool]]) -> None:
+    valid = torch.ones(2, 2, dtype=torch.bool)
+    ratio, keeps = importance_sampling_ratio(TRAIN, SAMPLING, valid, mode=mode, clip_min=None, clip_max=2.0)
+    torch.testing.assert_close(ratio, torch.tensor(expected))
+    assert torch.equal(keeps, torch.tensor(kept))
+
+
+def test_sequence_mask_drops_the_whole_sequence() -> None:
+    valid = torch.ones(2, 2, dtype=torch.bool)
+    ratio, kept = importance_sampling_ratio(TRAIN, SAMPLING, valid, mode="sequence_mask", clip_min=None, clip_max=1.2)
+    assert ratio.flatten().tolist() == pytest.approx([0.0, 1.0]) and kept.flatten().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("poison", [1e4, -1e4, torch.nan])
+def test_invalid_tokens_have_ratio_one(poison: float) -> None:
+    sampling = SAMPLING.clone()
+    sampling[1, 1] = poison
+    valid = torch.tensor([[True, True], [True, False]])
+    ratio, _ = importance_sampling_ratio(TRAIN, sampling, valid, mode="token_truncate", clip_min=0.5, clip_max=2.0)
+    assert ratio[1, 1] == 1
+
+
+def test_unknown_mode_is_named() -> None:
+    with pytest.raises(ValueError, match="'both'"):
+        importance_sampling_ratio(TRAIN, SAMPLING, VALID, mode="both", clip_min=None, clip_max=2.0)
