@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of the in-process rollout engine: a copy of the live model's, in a precision of its own.
+
+Only what standard weight-only schemes quantise is quantised: the `nn.Linear` layers inside the blocks and the fused
+expert tensors of mixtures of experts. Embeddings, LM head, routers, norms and biases stay in the compute dtype, and so
+do all activations and the KV cache.
+"""
+
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+logger = logging.getLogger(__name__)
+
+CAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INTEGER_BITS = {"int8": 8, "int4": 4, "int3": 3}
+QUANTIZED_PRECISIONS = ("fp8", *INTEGER_BITS)
+PRECISIONS = (*CAST_DTYPES, *QUANTIZED_PRECISIONS)
+# The group size of common 4-bit checkpoints. 8-bit formats have one scale per output channel.
+GROUP_SIZE = 128
+
+
+def check_precision(precision: str | None) -> None:
+    """Raise `ValueError` unless `precision` is None or one of `PRECISIONS`."""
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(
+            f"rollout precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or None to sample from "
+            "the weights as trained."
+        )
+
+
+def compute_dtype(precision: str | None, trained: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which the engine multiplies: activations, KV cache and everything that is not quantised.
+
+    As trained for None, the named dtype for bf16 and fp16. Quantised weights are multiplied in bfloat16 on CUDA, as
+    deployments do, and in float32 elsewhere, because many CPUs emulate bfloat16, slowly.
+    """
+    if precision is None:
+        return trained
+    if precision in CAST_DTYPES:
+        return CAST_DTYPES[precision]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def fake_quantize(weight: torch.Tensor, precision: str) -> torch.Tensor:
+    """Round a weight to the nearest value that `precision` can represent and return it dequantised, in float32.
+
+    Symmetric round to nearest with scale = max |w| / largest code. int8 and fp8 (e4m3) have one scale per output
+    channel; int4 and int3 one per group of 128 along the last dimension (the input, in `nn.Linear`).
+
+    Args:
+        weight: (..., input), any floating dtype; each vector along the last dimension is quantised by itself.
+        precision: one of fp8, int8, int4, int3.
+    """
+    weight = weight.float()
+    width = weight.shape[-1]
+    group = GROUP_SIZE if precision in ("int4", "int3") else width
+    # Zeros in the last, short group change neither its maximum nor its scale.
+    groups = F.pad(weight, (0, -width % group)).unflatten(-1, (-1, group))
+    peak = groups.abs().amax(dim=-1, keepdim=True)
+    largest = _largest_code(precision)
+    scale = torch.where(peak > 0, peak / largest, torch.ones_like(peak))  # an all-zero group stays zero
+    codes = (groups / scale).clamp(-largest, largest)
+    codes = _round_to_e4m3(codes) if precision == "fp8" else codes.round()
+    return (codes * scale).flatten(-2)[..., :width]
+
+
+def _largest_code(precision: str) -> float:
+    if precision == "fp8":
+        return torch.finfo(torch.float8_e4m3fn).max
+    return float(2 ** (INTEGER_BITS[precision] - 1) - 1)
+
+
+def _round_to_e4m3(values: torch.Tensor) -> torch.Tensor:
+    # Metal has no float8 dtype: round on the CPU there.
+    device = torch.device("cpu") if values.device.type == "mps" else values.device
+    return values.to(device).to(torch.float8_e4m3fn).to(values.device, torch.float32)
+
+
+def quantizable_parameters(model: nn.Module, output_head: nn.Module | None) -> set[str]:
+    """Names of the parameters of `model` to quantise: `nn.Linear` weights except the head's, and fused expert tensors.
+
+    Fused experts are the floating (experts, ., .) parameters that transformers keeps outside of `nn.Linear`.
+
+    Raises:
+        ValueError: there is none, so the precision would silently do nothing (GPT-2's `Conv1D` layers, for example).
+    """
+    names = set()
+    for prefix, module in model.named_modules():
+        if module is output_head or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if (isinstance(module, nn.Linear) and leaf == "weight") or parameter.ndim == 3:
+                names.add(f"{prefix}.{leaf}" if prefix else leaf)
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear layer or fused experts to quantise; use the rollout precision "
+            "bf16, fp16 or None."
+        )
+    return names
+
+
+def real_weight(weight: torch.Tensor, precision: str) -> nn.Parameter:
+    """Quantise an (output, input) weight with torchao: int8 or float8 storage, multiplied by torchao's own kernels.
+
+    Raises:
+        ImportError: torchao is not installed.
+        KeyError: torchao is not used for this precision (int4, int3).
+    """
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[precision]()
+    holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(holder, config)
+    return nn.Parameter(holder.weight, requires_grad=False)
+
+
+def supports_real_weights(precision: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torchao's weights of this precision multiply correctly on this device; False means fake quantisation.
+
+    Found by trying: which kernels exist depends on the device and on the versions of torch and torchao.
+    """
+    if precision not in ("int8", "fp8"):
+        return False
+    weight = torch.linspace(-1, 1, 64 * 64).reshape(64, 64)
+    inputs = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 64)
+    expected = inputs @ fake_quantize(weight, precision).T
+    try:
+        # A copy of each operand: torchao may keep or change what it is given.
+        quantized = real_weight(weight.to(device, dtype, copy=True), precision)
+        with torch.inference_mode():
+            outputs = F.linear(inputs.to(device, dtype), quantized).float().cpu()
+    except Exception as error:  # noqa: BLE001 -- a missing kernel surfaces as any of a dozen exception types
+        logger.info("torchao cannot run %s weights on %s (%s): quantisation is simulated.", precision, device, error)
+        return False
+    return bool((outputs - expected).abs().max() < 0.05 * expected.abs().max())
+
+
+class PolicyCopy:
+    """A model of the live model's class and configuration, whose weights are read from it and quantised on `load`.
+
+    It is built afresh: a deep copy would carry along the forward that TRL patches into the live model. Its weights are
+    uninitialised until the first `load`.
+
+    Args:
+        live: the training model without wrappers around it; adapters may be inside it.
+        precision: one of `PRECISIONS`, or None.
+        device: where the copy lives.
+
+    Attributes:
+        model: the copy, in eval mode, without gradients.
+        quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
+            simulated fused experts).
+    """
+
+    def __init__(self, live: PreTrainedModel, precision: str | None, device: torch.device) -> None:
+        check_precision(precision)
+        self.precision = precision
+        self.device = device
+        self.dtype = compute_dtype(precision, live.dtype, device)
+        self.model = _build_like(live, self.dtype, device)
+        self._names = {name for name, _ in self.model.named_parameters()}
+        self._quantized: set[str] = set()
+        self._real: set[str] = set()
+        self.quantization = "none" if precision is None else "cast"
+        if precision in QUANTIZED_PRECISIONS:
+            self.quantization = self._plan(precision)
+
+    def _plan(self, precision: str) -> str:
+        self._quantized = quantizable_parameters(self.model, self.model.get_output_embeddings())
+        if supports_real_weights(precision, self.device, self.dtype):
+            self._real = {name for name in self._quantized if self.model.get_parameter(name).ndim == 2}
+        if not self._real:
+            return "fake"
+        return "real" if self._real == self._quantized else "mixed"
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy the live weights in, under the names of the plain model, and quantise them, one at a time.
+
+        Args:
+            tensors: every parameter, tied ones once, and every persistent buffer; only read.
+
+        Raises:
+            ValueError: a parameter of the copy got no value.
+        """
+        missing = set(self._names)
+        for name, tensor in tensors:
+            missing.discard(name)
+            self._store(name, tensor)
+        if missing:
+            raise ValueError(
+                f"the live model gave no value for {', '.join(sorted(missing))}. If an adapter sits on one of two "
+                "tied matrices, target other layers, or load the model with tie_word_embeddings=False."
+            )
+
+    def _store(self, name: str, tensor: torch.Tensor) -> None:
+        prefix, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(prefix)
+        if name in self._real:
+            # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
+            weight = tensor.to(self.device, self.dtype, copy=True)
+            setattr(owner, leaf, real_weight(weight, str(self.precision)))
+            return
+        if name in self._quantized:
+            tensor = fake_quantize(tensor.to(self.device), str(self.precision))
+        getattr(owner, leaf).copy_(tensor)
+
+
+def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """An uninitialised model of the class and configuration of `live`."""
+    config = copy.deepcopy(live.config)
+    config._attn_implementation = live.config._attn_implementation
+    if _is_adapted(live.get_input_embeddings()) or _is_adapted(live.get_output_embeddings()):
+        # An adapter on one of two tied matrices unties them: each needs room of its own.
+        config.tie_word_embeddings = False
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # Constructed directly: `from_config` would shard the copy under ZeRO-3. Without initialisation, which would be
+        # slow and would draw from the global generator. In its dtype, because a later `.to` also rounds the buffers.
+        with no_init_weights():
+            model: Any = type(live)(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.tie_weights()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _is_adapted(module: nn.Module | None) -> bool:
+    # By attribute, because PEFT is optional: its layers keep the original as `base_layer`, its wrappers of whole
+    # modules as `original_module`.
+    return hasattr(module, "base_layer") or hasattr(module, "original_module")
