@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the DC-GRPO trainer: the fields that TRL's config does not have, and their validation."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from dc_trl.advantage import CONSTRAINTS, DISCREPANCY_LEVELS
+from dc_trl.discrepancy import DISCREPANCY_METRICS
+
+ROLLOUT_PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4", "int3")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "constraint": CONSTRAINTS,
+    "discrepancy_metric": DISCREPANCY_METRICS,
+    "discrepancy_level": DISCREPANCY_LEVELS,
+    "discrepancy_average": ("trajectory", "token"),
+    "advantage_estimator": ("grpo", "rloo"),
+    "zero_variance_groups": ("keep", "drop"),
+    "rollout_backend": ("vllm", "transformers"),
+    "weight_sync": ("nccl", "disk"),
+}
+
+# Sampling parameters at which the processed distribution is softmax(logits / temperature), which the trainer computes.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0,),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "logit_bias": (None, {}),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+    "structured_outputs": (None,),
+}
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DCGRPOConfig(GRPOConfig):
+    """Configuration of [`DCGRPOTrainer`]: [`~trl.GRPOConfig`] and the parameters below.
+
+    Three inherited defaults differ: `lr_scheduler_type="constant"` (both papers train at a constant rate, before
+    length-decay), `vllm_importance_sampling_mode="token_truncate"` and `vllm_importance_sampling_clip_max=2.0` (the
+    length-decay paper's C). TRL's `sequence_mask` zeroes the loss of the worst sequences, so that the penalty would
+    never reach the tokens that drive the multiplier up.
+
+    Raises:
+        ValueError: for values or combinations that cannot work, naming field, value, reason and remedy.
+    """
+
+    lr_scheduler_type: str = _option("constant", "Base learning-rate schedule; length-decay multiplies it.")
+    vllm_importance_sampling_mode: str = _option(
+        "token_truncate", "Importance-sampling correction, from whichever engine the sampling log-probs come."
+    )
+    vllm_importance_sampling_clip_max: float | None = _option(2.0, "Upper bound C of the importance-sampling ratio.")
+
+    constraint: str = _option(
+        "lagrangian",
+        "`lagrangian` (DC-GRPO), `fixed` (Dual-GRPO, eq. 3), `threshold` (figure 3), or `none` (plain GRPO, with the "
+        "discrepancy still measured).",
+        choices=list(CONSTRAINTS),
+    )
+    discrepancy_metric: str = _option(
+        "prob_diff", "Discrepancy of a token, eq. 2; the default is the paper's.", choices=list(DISCREPANCY_METRICS)
+    )
+    discrepancy_level: str = _option(
+        "token", "`token`, or `sequence`: the trajectory's mean for each of its tokens.", choices=["token", "sequence"]
+    )
+    discrepancy_average: str = _option(
+        "trajectory",
+        "Mean that drives λ, eq. 11: over trajectories of their token means (the paper's), or over all tokens.",
+        choices=["trajectory", "token"],
+    )
+    discrepancy_tolerance: float | None = _option(
+        None,
+        "Tolerance ε of the mean discrepancy. None calibrates it: the mean of the first "
+        "`tolerance_calibration_batches` generation batches times `tolerance_slack`; no penalty until it is known.",
+    )
+    tolerance_slack: float = _option(1.25, "Tolerance as a multiple of the calibrated floor. Our value.")
+    tolerance_calibration_batches: int = _option(8, "Generation batches that calibrate the tolerance. Our value.")
+    multiplier_init: float = _option(0.1, "λ_0; 0.1 on Qwen3-8B, 0.05 on Qwen3-30B-A3B (secondary source).")
+    multiplier_max: float = _option(1.0, "Upper end of λ's range. Not given by the paper: our value.")
+    dual_lr: float = _option(1.0, "Dual learning rate, eq. 11; 1.0 in the paper (secondary source).")
+
+    length_decay: bool = _option(False, "Halve the learning rate after a surge of the response length (2602.01826).")
+    length_decay_period: int | None = _option(
+        None, "Steps between halvings. None: `length_decay_factor` times the step of the surge, once it is detected."
+    )
+    length_surge_ratio: float = _option(3.0, "Growth of the mean response length that counts as a surge.")
+    length_decay_factor: float = _option(1.8, "Period as a multiple of the surge step; the paper's 1.8.")
+    length_decay_min_lr_ratio: float = _option(0.1, "Floor of the decay, as a fraction of the initial rate; paper's.")
+
+    advantage_estimator: str = _option(
+        "grpo", "`grpo`: TRL's normalisation; `rloo`: leave-one-out baseline, not scaled.", choices=["grpo", "rloo"]
+    )
+    zero_variance_groups: str = _option(
+        "keep",
+        "`drop` takes groups whose rewards are all equal out of gradient, penalty and loss normaliser.",
+        choices=["keep", "drop"],
+    )
+    rollout_backend: str = _option(
+        "vllm",
+        "Engine that samples: `vllm` (TRL's, with `use_vllm=True`) or `transformers`, a copy of the policy in this "
+        "process, in `rollout_precision`.",
+        choices=["vllm", "transformers"],
+    )
+    rollout_precision: str | None = _option(
+        None, "Precision of the sampling copy; None: as trained.", choices=[None, *ROLLOUT_PRECISIONS]
+    )
+    weight_sync: str = _option(
+        "nccl",
+        "How a vLLM server gets the weights: `nccl` (TRL's), or `disk`, through a checkpoint that it reloads.",
+        choices=["nccl", "disk"],
+    )
+
+    @property
+    def extra_sampling_parameters(self) -> dict[str, Any]:
+        """`generation_kwargs` as the dict that TRL makes of it."""
+        return self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which is unknown: use one of {allowed}.")
+        self._check_numbers()
+        self._check_rollouts()
+        if self.advantage_estimator == "rloo":
+            self._set_up_rloo()
+        if self.constraint != "none":
+            self._check_sampling()
+            self._check_loss()
+
+    def _check_numbers(self) -> None:
+        for name in ("multiplier_init", "multiplier_max", "dual_lr", "tolerance_slack", "discrepancy_tolerance"):
+            value = getattr(self, name)
+            if value is not None and (not math.isfinite(value) or value < 0):
+                raise ValueError(f"`{name}` is {value}: it must be finite and not negative. Use a number ≥ 0.")
+        if self.multiplier_init > self.multiplier_max:
+            raise ValueError(
+                f"`multiplier_init` is {self.multiplier_init}, above `multiplier_max` = {self.multiplier_max}: the "
+                "multiplier would start outside its range. Lower the first or raise the second."
+            )
+        if self.tolerance_calibration_batches < 1:
+            raise ValueError(
+                f"`tolerance_calibration_batches` is {self.tolerance_calibration_batches}: calibration needs at least "
+                "one batch. Use 1 or more, or set `discrepancy_tolerance`."
+            )
+
+    def _check_rollouts(self) -> None:
+        if self.rollout_precision is not None and self.rollout_precision not in ROLLOUT_PRECISIONS:
+            raise ValueError(
+                f"`rollout_precision` is {self.rollout_precision!r}, which is unknown: use one of "
+                f"{ROLLOUT_PRECISIONS}, or None for the precision of training."
+            )
+        if self.rollout_backend == "transformers":
+            for name in ("use_vllm", "use_transformers_continuous_batching"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`rollout_backend` is 'transformers' and `{name}` is True: two engines would sample. Set "
+                        f"`{name}=False`, or leave `rollout_backend` at 'vllm'."
+                    )
+        elif self.rollout_precision is not None and self.weight_sync != "disk":
+            raise ValueError(
+                f"`rollout_precision` is {self.rollout_precision!r} with vLLM, which takes its precision from the "
+                "server's or engine's own start-up options (for example `--quantization fp8`). Leave it at None, use "
+                "`rollout_backend='transformers'`, or `weight_sync='disk'` with 'int8'."
+            )
+        if self.weight_sync == "disk" and not (self.use_vllm and self.vllm_mode == "server"):
+            raise ValueError(
+                "`weight_sync` is 'disk', which serves a vLLM server only. Set `use_vllm=True` and "
+                "`vllm_mode='server'`, or leave it at 'nccl'."
+            )
+
+    def _set_up_rloo(self) -> None:
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"`multi_objective_aggregation` is {self.multi_objective_aggregation!r} with "
+                "`advantage_estimator='rloo'`, which takes one summed reward per completion. Use 'sum_then_normalize'."
+            )
+        if self.scale_rewards == "batch":
+            raise ValueError(
+                "`scale_rewards` is 'batch' with `advantage_estimator='rloo'`, whose advantages are not scaled. Use "
+                "'none', or `advantage_estimator='grpo'`."
+            )
+        self.scale_rewards = "none"
+
+    def _check_sampling(self) -> None:
+        """The two engines must mean the same distribution, or the discrepancy gets a floor of p(1/S − 1)."""
+        given = [(name, name, getattr(self, name)) for name in ("top_p", "top_k", "min_p", "repetition_penalty")]
+        given.append(("vllm_structured_outputs_regex", "structured_outputs", self.vllm_structured_outputs_regex))
+        given += [(f"generation_kwargs[{k!r}]", k, v) for k, v in self.extra_sampling_parameters.items()]
+        for name, parameter, value in given:
+            if parameter == "temperature" and value != self.temperature:
+                raise ValueError(
+                    f"`{name}` is {value}, but the trainer scores at `temperature` = {self.temperature}: the "
+                    "discrepancy would measure the temperature. Set `temperature` alone."
+                )
+            if parameter in _NEUTRAL and value not in _NEUTRAL[parameter]:
+                raise ValueError(
+                    f"`{name}` is {value!r} with `constraint={self.constraint!r}`: it truncates or shifts the "
+                    "sampling distribution, so the engines' probabilities of a token differ even when they agree. "
+                    f"Use {_NEUTRAL[parameter][0]!r}, or `constraint='none'`."
+                )
+
+    def _check_loss(self) -> None:
+        """What a (B, T) advantage would silently change is refused."""
+        refused = {
+            "loss_type": (
+                self.loss_type in ("sapo", "vespo"),
+                "its weights depend on the sign of a sequence's advantage, which a token's penalty can flip",
+                "a loss such as 'dapo', 'grpo', 'bnpo', 'dr_grpo' or 'cispo'",
+            ),
+            "importance_sampling_level": (
+                self.importance_sampling_level == "sequence" and self.discrepancy_level == "token",
+                "the objective has one ratio per sequence, but the penalty is per token",
+                "'token', or `discrepancy_level='sequence'`",
+            ),
+            "off_policy_mask_threshold": (
+                self.off_policy_mask_threshold is not None,
+                "the mask reads the sign of a sequence's advantage, which a token's penalty can flip",
+                "None",
+            ),
+        }
+        for name, (applies, reason, remedy) in refused.items():
+            if applies:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r} with `constraint={self.constraint!r}`: {reason}. Use "
+                    f"{remedy}, or `constraint='none'`."
+                )

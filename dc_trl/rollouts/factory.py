@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engine samples, whether it gives log-probs, and the engines that TRL does not build itself."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dc_trl.config import DCGRPOConfig
+
+if TYPE_CHECKING:
+    from dc_trl.trainer import DCGRPOTrainer
+
+
+def needs_own_engine(args: DCGRPOConfig) -> bool:
+    """Whether the trainer's engine is one of this package, not one that `GRPOTrainer` builds."""
+    return args.rollout_backend == "transformers" or args.weight_sync == "disk"
+
+
+def check_log_prob_source(args: DCGRPOConfig, rollout_func: Callable[..., Any] | None) -> None:
+    """Refuses a constraint that nothing can drive, before any model loads.
+
+    Raises:
+        ValueError: if no engine gives sampling log-probs, or a vLLM server gives unprocessed ones.
+        ConnectionError: if the vLLM server does not answer within `vllm_server_timeout` seconds.
+    """
+    if args.constraint == "none" or rollout_func is not None or args.rollout_backend == "transformers":
+        return
+    if not args.use_vllm:
+        raise ValueError(
+            f"`constraint` is {args.constraint!r}, but nothing gives the log-probs of the sampled tokens: TRL's "
+            "`transformers.generate` (`use_vllm=False`) returns none. Set `rollout_backend='transformers'` to sample "
+            "with a copy of the policy in this process, or `use_vllm=True`, or pass a `rollout_func` that returns "
+            "`logprobs`, or set `constraint='none'`."
+        )
+    if args.vllm_mode == "server" and args.process_index == 0:
+        from dc_trl.rollouts.vllm_disk import check_logprobs_mode
+
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        check_logprobs_mode(url, args.vllm_server_timeout)
+
+
+def build_engine(trainer: "DCGRPOTrainer") -> Any:
+    """The engine for `trainer.vllm_generation`: in-process, or a vLLM server that reloads weights from disk."""
+    args = trainer.args
+    if args.rollout_backend == "transformers":
+        from dc_trl.rollouts.transformers import TransformersGeneration
+
+        return TransformersGeneration(
+            trainer.model,
+            trainer.accelerator,
+            trainer.processing_class,
+            precision=args.rollout_precision,
+            temperature=args.temperature,
+            max_completion_length=int(args.max_completion_length or 256),
+            eos_token_ids=trainer.eos_token_ids,
+            generation_kwargs={
+                **{name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
+                **args.extra_sampling_parameters,
+            },
+        )
+    from dc_trl.rollouts.vllm_disk import VLLMDiskGeneration
+
+    return VLLMDiskGeneration.from_trainer(trainer)

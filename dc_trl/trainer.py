@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DC-GRPO trainer: TRL's GRPO trainer and the discrepancy constraint between scoring and loss."""
+
+import json
+import math
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+from trl.trainer.utils import get_config_model_id
+
+from dc_trl.advantage import discrepancy_penalty, penalised_advantages
+from dc_trl.callbacks import LengthDecayCallback
+from dc_trl.config import DCGRPOConfig
+from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
+from dc_trl.discrepancy import (
+    combine,
+    correction_metrics,
+    mean_discrepancy,
+    metrics,
+    summarise,
+    token_discrepancy,
+    valid_tokens,
+)
+from dc_trl.dual import DualVariable
+from dc_trl.estimators import GroupEstimatorsTrainer
+from dc_trl.importance import importance_sampling_ratio
+from dc_trl.rollouts.factory import build_engine, check_log_prob_source, needs_own_engine
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "dc_grpo_state.json"
+
+# Above this share of the advantage, the penalty is part of what the policy learns, not a nudge. Our value.
+NOTABLE_PENALTY_SHARE = 0.1
+
+# Weight of the past in the smoothed gradient norm: a memory of some ten optimizer steps. Our value.
+GRAD_NORM_SMOOTHING = 0.9
+
+
+class DCGRPOTrainer(GroupEstimatorsTrainer):
+    """GRPO under a discrepancy constraint: DC-GRPO (arXiv 2606.08779) on TRL's [`~trl.GRPOTrainer`].
+
+    Takes the arguments of `GRPOTrainer`; `args` is a [`DCGRPOConfig`]. With `constraint="none"` it trains exactly as
+    `GRPOTrainer` does, and measures.
+
+    Seams of TRL 1.16 that this class hooks, each held by a contract test:
+
+    - `_generate_and_score_completions`: scored without the second forward; advantages of other estimators
+    - `_calculate_rewards`, `_prepare_inputs`: rewards and micro-batches, for these (in `GroupEstimatorsTrainer`)
+    - `_compute_loss` and, while it runs, `_get_per_token_logps_and_entropies`: its log-probs are π, from which penalty
+      and importance ratio are filled in between forward and loss. It reads `advantages`, (B,) or (B, T), and
+      `importance_sampling_ratio` after that forward.
+    - `training_step`, `prediction_step`: where a generation batch ends
+    - `log`: metrics of length-decay and of the gradient norm
+    - `_save_checkpoint`, `_load_optimizer_and_scheduler`: state
+    - `vllm_generation`: the slot of the rollout engine, `sync_weights()` and `generate()`
+
+    An iteration of the dual is one generation batch, or one optimizer step where a step spans several; λ is constant
+    within it. The metrics of an iteration are logged at its end.
+
+    Attributes:
+        dual ([`~dc_trl.dual.DualVariable`]): the multiplier λ.
+        discrepancy_tolerance (`float` or `None`): the tolerance in use; None while it is being calibrated.
+    """
+
+    _tag_names = ["trl", "grpo", "dc-grpo"]
+    _name = "DC-GRPO"
+    _paper = {
+        "title": "Reformulate LLM Reinforcement Learning for Efficient Training under Black-box Discrepancy",
+        "id": "2606.08779",
+        "citation": textwrap.dedent("""\
+            @article{dcgrpo2026,
+                title        = {{Reformulate LLM Reinforcement Learning for Efficient Training
+                                 under Black-box Discrepancy}},
+                year         = 2026,
+                eprint       = {arXiv:2606.08779},
+            }"""),
+    }
+
+    _loss_inputs: dict[str, Any] | None = None
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: DCGRPOConfig | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = DCGRPOConfig(f"{name.split('/')[-1]}-DC-GRPO")
+        elif not isinstance(args, DCGRPOConfig):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}: DCGRPOTrainer needs a DCGRPOConfig, which takes the same "
+                "parameters. Rename GRPOConfig to DCGRPOConfig."
+            )
+        check_log_prob_source(args, kwargs.get("rollout_func"))
+        self.dual = DualVariable(args.multiplier_init, args.dual_lr, args.multiplier_max)
+        self._constraint = DiscrepancyConstraint(
+            args.constraint,
+            self.dual,
+            DiscrepancyTolerance(args.discrepancy_tolerance, args.tolerance_slack, args.tolerance_calibration_batches),
+        )
+        self._summaries: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        self._said: set[str] = set()
+        with _attributes(args, use_vllm=args.use_vllm and not needs_own_engine(args)):
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        if needs_own_engine(args):
+            self.vllm_generation = build_engine(self)
+            self.use_vllm = True
+            self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
+            self._last_loaded_step = -1
+        self._grad_norm: float | None = None
+        if args.length_decay:
+            self.add_callback(
+                LengthDecayCallback(
+                    args.length_decay_period,
+                    args.length_decay_factor,
+                    args.length_decay_min_lr_ratio,
+                    args.length_surge_ratio,
+                )
+            )
+
+    @property
+    def _length_decay(self) -> LengthDecayCallback | None:
+        # Looked up each time: transformers may replace callbacks when it restores a checkpoint.
+        found = (c for c in self.callback_handler.callbacks if isinstance(c, LengthDecayCallback))
+        return next(found, None)
+
+    @property
+    def discrepancy_tolerance(self) -> float | None:
+        """Tolerance in use, in units of the discrepancy metric; None while it is being calibrated."""
+        return self._constraint.tolerance.value
+
+    # Scoring
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        # TRL's correction costs a second forward here; the loss forward gives the same log-probs for nothing.
+        correction = self.vllm_importance_sampling_correction and self.args.constraint == "none"
+        with _attributes(self, vllm_importance_sampling_correction=correction):
+            batch = super()._generate_and_score_completions(inputs)
+        if self.args.constraint != "none" and "sampling_per_token_logps" not in batch:
+            raise ValueError(
+                f"The rollouts carry no log-probs, which `constraint={self.args.constraint!r}` needs. Return "
+                "`logprobs` from `rollout_func`, use another rollout engine, or set `constraint='none'`."
+            )
+        if self._length_decay is not None and self.model.training:
+            # Once a generation batch, whatever `logging_steps` is; gathered by TRL, so the same on every rank.
+            mean_length = self._metrics["train"]["completions/mean_length"][-1]
+            self._length_decay.observe(self.state.global_step + 1, mean_length)
+        return batch
+
+    # Loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if "sampling_per_token_logps" not in inputs:
+            return super()._compute_loss(model, inputs)
+        self._loss_inputs = dict(inputs)  # a copy: the generation batch may be used again
+        # The correction applies to log-probs from any source, although TRL asks for vLLM's.
+        correct = {} if self.args.constraint == "none" else {"use_vllm": True}
+        try:
+            with _attributes(self, **correct):
+                return super()._compute_loss(model, self._loss_inputs)
+        finally:
+            self._loss_inputs = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._loss_inputs is not None:
+            self._constrain(self._loss_inputs, outputs[0].detach())
+        return outputs
+
+    @torch.no_grad()
+    def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
+        """Fills penalty and importance ratio into `inputs`, and measures. `logps` (B, T): the loss forward's."""
+        args = self.args
+        sampling_logps = inputs["sampling_per_token_logps"]
+        # Recomputed before the first of several updates, so that policy drift is not taken for discrepancy.
+        train_logps = inputs.get("old_per_token_logps", logps)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        measured: dict[str, Any] = {"mask": inputs.get("measured_mask", mask), "metric": args.discrepancy_metric}
+        valid = valid_tokens(sampling_logps, mask)
+        if args.vllm_importance_sampling_correction:
+            measured["correction"], measured["kept"] = importance_sampling_ratio(
+                *(train_logps, sampling_logps, valid),
+                mode=args.vllm_importance_sampling_mode,
+                clip_min=args.vllm_importance_sampling_clip_min,
+                clip_max=args.vllm_importance_sampling_clip_max,
+            )
+        if args.constraint != "none":
+            measured["advantages"] = inputs["advantages"].reshape(len(valid), -1)
+            measured["penalty"] = inputs.get("loss_weight", 1.0) * discrepancy_penalty(
+                *(token_discrepancy(train_logps, sampling_logps, args.discrepancy_metric), valid),
+                constraint=args.constraint,
+                multiplier=self.dual.value,
+                tolerance=self.discrepancy_tolerance,
+                level=args.discrepancy_level,
+            )
+            inputs["advantages"] = penalised_advantages(inputs["advantages"], measured["penalty"])
+            inputs["importance_sampling_ratio"] = measured.get("correction")
+        mode = "train" if self.model.training else "eval"
+        self._summaries[mode].append(summarise(train_logps, sampling_logps, **measured))
+
+    # Iterations and logs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        generate_every = (self.args.steps_per_generation or 1) * self.num_iterations
+        if self.args.gradient_accumulation_steps > generate_every:
+            complete = self.accelerator.sync_gradients
+        else:
+            complete = self._step % generate_every == 0
+        if complete:
+            self._finish_iteration("train")
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
+        result = super().prediction_step(*args, **kwargs)
+        self._finish_iteration("eval")
+        return result
+
+    def _finish_iteration(self, mode: str) -> None:
+        """Reduces the iteration's summaries over micro-batches and ranks, logs them, and steps the dual variable."""
+        if not self._summaries[mode]:
+            return
+        local = combine(torch.stack(self._summaries[mode]))
+        summary = combine(self.accelerator.gather(local.unsqueeze(0))).cpu()
+        self._summaries[mode] = []
+        mean = mean_discrepancy(summary, self.args.discrepancy_average).item()
+        values = {f"dc/{key}": v.item() for key, v in metrics(summary, self.args.discrepancy_average).items()}
+        values["dc/multiplier"] = self._constraint.multiplier
+        if self.discrepancy_tolerance is not None:
+            values["dc/tolerance"] = self.discrepancy_tolerance
+            values["dc/violation"] = self._constraint.violation(mean)
+        if self.args.constraint != "none" and self.vllm_importance_sampling_correction:
+            values |= {f"sampling/{key}": v.item() for key, v in correction_metrics(summary).items()}
+        for key, value in values.items():
+            self._metrics[mode][key].append(value)
+        if mode == "train":
+            notices = self._constraint.update(mean)
+            share = values["dc/penalty_share"]
+            if share > NOTABLE_PENALTY_SHARE:
+                notices.append(("penalty", f"the penalty is {share:.0%} of the advantage (`dc/penalty_share`)."))
+            self._say_once(notices)
+
+    def _say_once(self, notices: list[tuple[str, str]]) -> None:
+        for topic, message in notices:
+            if topic not in self._said and self.accelerator.is_main_process:
+                logger.warning("DC-GRPO: %s", message)
+            self._said.add(topic)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as TRL does, with `dc/grad_norm_smoothed` and `length_decay/*` added to training logs."""
+        if self.model.training and "grad_norm" in logs:
+            norm = float(logs["grad_norm"])
+            if math.isfinite(norm):
+                past = norm if self._grad_norm is None else self._grad_norm
+                self._grad_norm = GRAD_NORM_SMOOTHING * past + (1 - GRAD_NORM_SMOOTHING) * norm
+            if self._grad_norm is not None:
+                logs["dc/grad_norm_smoothed"] = self._grad_norm
+        if self.model.training and self._length_decay is not None:
+            logs |= self._length_decay.metrics()
+        super().log(logs, start_time)
+
+    # State
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            state = self._constraint.state_dict() | {"grad_norm": self._grad_norm}
+            (folder / STATE_FILE).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint, STATE_FILE)
+        if path.exists():
+            state = json.loads(path.read_text())
+            self._constraint.load_state_dict(state)
+            self._grad_norm = state["grad_norm"]
+        else:
+            self._say_once([("state", f"{checkpoint} has no {STATE_FILE}: multiplier and tolerance start anew.")])
+
+
+@contextmanager
+def _attributes(target: Any, **values: Any) -> Iterator[None]:
+    """Sets attributes of `target` for the duration of a block."""
+    before = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training-phase time and peak memory of DC-GRPO against TRL's GRPO, with and without its correction, as ratios.
+
+All arms train the same model on the same replayed rollouts, so generation costs nothing and only the training phase is
+timed: scoring, loss, backward, optimizer. The arms alternate within one process; peak memory is a process's each.
+
+    python examples/benchmarks/step_time.py
+    python examples/benchmarks/step_time.py --hidden 1024 --layers 28 --vocab 151936 --tokens 1024 --bf16   # a GPU
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from dc_trl import DCGRPOConfig, DCGRPOTrainer
+
+ARMS = ("dc-grpo", "grpo-corrected", "grpo-uncorrected")
+
+
+class ReplayEngine:
+    """An engine that returns fixed tokens and log-probs at once: `sequences` completions of `tokens` tokens."""
+
+    def __init__(self, tokens: int, vocabulary: int) -> None:
+        self.tokens, self.vocabulary = tokens, vocabulary
+
+    def sync_weights(self) -> None:
+        """Nothing to synchronise."""
+
+    def generate(self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None) -> tuple:
+        """The rollouts of a step, of lengths between a half and the whole of `tokens`."""
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(self.tokens // 2, self.tokens + 1, (len(prompts),), generator=generator).tolist()
+        lengths[0] = self.tokens
+        ids = [torch.randint(3, self.vocabulary, (n,), generator=generator).tolist() for n in lengths]
+        logps = [[[-float(torch.log(torch.tensor(self.vocabulary)))]] * n for n in lengths]
+        return prompts, ids, logps, [[[i] for i in row] for row in ids]
+
+
+class Clock(TrainerCallback):
+    """Wall seconds of each step, from its first forward to its optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock. The rollouts are scored within the step."""
+        self.start = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops the clock."""
+        self.seconds.append(self._now() - self.start)
+
+
+def build_policy(options: argparse.Namespace) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """A random Qwen3 and a tokenizer that knows its prompts."""
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(options.hidden // 64, 1),
+        num_key_value_heads=max(options.hidden // 128, 1),
+        head_dim=64,
+        max_position_embeddings=options.tokens + 64,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config)
+    return (model.to(torch.bfloat16) if options.bf16 else model), tokenizer
+
+
+def build_trainer(arm: str, options: argparse.Namespace, directory: str) -> GRPOTrainer:
+    """One arm's trainer, its engine replaced by the replay."""
+    model, tokenizer = build_policy(options)
+    common: dict[str, Any] = {
+        "output_dir": directory,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": options.bf16,
+        "gradient_checkpointing": options.checkpointing,
+        "per_device_train_batch_size": options.sequences,
+        "num_generations": 8,
+        "max_completion_length": options.tokens,
+        "max_steps": options.steps,
+        "logging_steps": options.steps,
+        "learning_rate": 1e-6,
+    }
+    data = Dataset.from_dict({"prompt": ["a b c d"] * 64})
+    arguments = {"train_dataset": data, "processing_class": tokenizer}
+    if arm == "dc-grpo":
+        args = DCGRPOConfig(**common, rollout_backend="transformers", discrepancy_tolerance=1e-9)
+        trainer: GRPOTrainer = DCGRPOTrainer(model, _reward, args, **arguments)
+    else:
+        trainer = GRPOTrainer(model, _reward, GRPOConfig(**common), **arguments)
+        trainer.vllm_importance_sampling_correction = arm == "grpo-corrected"
+        trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "replay", -1
+    trainer.vllm_generation = ReplayEngine(options.tokens, options.vocab)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def time_steps(arm: str, options: argparse.Namespace, directory: str) -> list[float]:
+    """Wall seconds of each step of one run, the first left out."""
+    trainer, clock = build_trainer(arm, options, directory), Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return clock.seconds[1:]
+
+
+def time_constraint(options: argparse.Namespace, directory: str) -> float:
+    """Share of a DC-GRPO step spent on the constraint and all of its metrics."""
+    trainer, clock, spent = build_trainer("dc-grpo", options, directory), Clock(), []
+    for name in ("_constrain", "_finish_iteration"):
+        method = getattr(trainer, name)
+
+        def timed(*args: Any, _method: Any = method) -> None:
+            start = clock._now()
+            _method(*args)
+            spent.append(clock._now() - start)
+
+        setattr(trainer, name, timed)
+    trainer.add_callback(clock)
+    trainer.train()
+    return sum(spent[2:]) / sum(clock.seconds[1:])
+
+
+def peak_memory(arm: str, argv: list[str]) -> float:
+    """MiB at the peak of a process that trains one arm: of the GPU where there is one, else resident."""
+    command = [sys.executable, __file__, *argv, "--memory-of", arm]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def own_peak() -> float:
+    """This process's peak so far, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def parse() -> argparse.Namespace:
+    """The command line; defaults suit two CPU cores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"hidden": 256, "layers": 4, "vocab": 2048, "sequences": 16, "tokens": 64, "steps": 4, "rounds": 8}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--bf16", action="store_true", help="weights in bfloat16")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the arms in turn and prints medians, bests, ratios and peaks."""
+    options = parse()
+    with tempfile.TemporaryDirectory() as directory:
+        if options.memory_of:
+            time_steps(options.memory_of, options, directory)
+            print(json.dumps(own_peak()))
+            return
+        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for _ in range(options.rounds):
+            for arm in ARMS:
+                seconds[arm] += time_steps(arm, options, directory)
+        share = time_constraint(options, directory)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    print(f"\n{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {vars(options)}")
+    ours = seconds["dc-grpo"]
+    for arm in ARMS:
+        median, best = statistics.median(seconds[arm]), min(seconds[arm])
+        peak = peak_memory(arm, sys.argv[1:])
+        print(f"{arm:18} median {median:.4f} s  best {best:.4f} s  peak {peak:7.0f} MiB", end="  ")
+        print(f"dc-grpo is {statistics.median(ours) / median:.3f} (medians), {min(ours) / best:.3f} (bests) of it")
+    print(f"constraint and all metrics: {share:.2%} of a dc-grpo step")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad configurations die at construction, and say what, why and the way out."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+from trl import GRPOConfig
+
+from dc_trl import DCGRPOConfig
+
+BASE = {"report_to": "none", "bf16": False}
+
+
+def config(tmp_path: Path, **options: Any) -> DCGRPOConfig:
+    return DCGRPOConfig(output_dir=str(tmp_path), **BASE, **options)
+
+
+OURS = [
+    ("constraint", "soft", "lagrangian"),
+    ("discrepancy_metric", "tv", "prob_diff"),
+    ("discrepancy_level", "word", "sequence"),
+    ("discrepancy_average", "batch", "trajectory"),
+    ("advantage_estimator", "ppo", "rloo"),
+    ("zero_variance_groups", "skip", "drop"),
+    ("rollout_backend", "sglang", "transformers"),
+    ("rollout_precision", "int2", "int3"),
+    ("weight_sync", "pickle", "disk"),
+    ("discrepancy_tolerance", -0.1, "≥ 0"),
+    ("discrepancy_tolerance", math.nan, "≥ 0"),
+    ("tolerance_slack", -1.0, "≥ 0"),
+    ("tolerance_calibration_batches", 0, "1 or more"),
+    ("multiplier_init", -0.1, "≥ 0"),
+    ("multiplier_init", 2.0, "multiplier_max"),
+    ("multiplier_max", math.inf, "≥ 0"),
+    ("dual_lr", math.nan, "≥ 0"),
+    ("dual_lr", -1.0, "≥ 0"),
+    ("weight_sync", "disk", "use_vllm=True"),
+    ("rollout_precision", "fp8", "rollout_backend='transformers'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "remedy"), OURS, ids=str)
+def test_own_fields(tmp_path: Path, name: str, value: Any, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`") as error:
+        config(tmp_path, **{name: value})
+    assert str(value) in str(error.value) and remedy in str(error.value)
+
+
+TRLS = [
+    {"top_p": 0.9},
+    {"top_k": 50},
+    {"min_p": 0.1},
+    {"repetition_penalty": 1.1},
+    {"generation_kwargs": {"top_p": 0.9}},
+    {"generation_kwargs": {"presence_penalty": 0.5}},
+    {"generation_kwargs": {"temperature": 0.5}},
+    {"vllm_structured_outputs_regex": "[0-9]+"},
+    {"loss_type": "sapo"},
+    {"loss_type": "vespo"},
+    {"importance_sampling_level": "sequence"},
+    {"off_policy_mask_threshold": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", TRLS, ids=str)
+def test_trl_fields_that_break_the_constraint(tmp_path: Path, options: dict[str, Any]) -> None:
+    (name, value) = next(iter(options.items()))
+    shown = str(next(iter(value.values()))) if isinstance(value, dict) else str(value)
+    with pytest.raises(ValueError, match=name) as error:
+        config(tmp_path, **options)
+    assert shown in str(error.value) and "lagrangian" in str(error.value) or "temperature" in str(error.value)
+    assert config(tmp_path, constraint="none", **options).constraint == "none"  # TRL's business
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": -1, "min_p": 0.0, "generation_kwargs": {"top_p": 1.0, "seed": 3}},
+        {"importance_sampling_level": "sequence", "discrepancy_level": "sequence"},
+        {"multiplier_init": 1.0, "multiplier_max": 1.0},
+        {"discrepancy_tolerance": 0.0},
+        {"use_vllm": True, "vllm_mode": "server", "weight_sync": "disk", "rollout_precision": "int8"},
+    ],
+    ids=str,
+)
+def test_sound_combinations_pass(tmp_path: Path, options: dict[str, Any]) -> None:
+    config(tmp_path, **options)
+
+
+def test_two_engines_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two engines.*use_vllm=False"):
+        config(tmp_path, rollout_backend="transformers", use_vllm=True)
+
+
+def test_rloo_needs_one_unscaled_reward(tmp_path: Path) -> None:
+    assert config(tmp_path, advantage_estimator="rloo").scale_rewards == "none"
+    with pytest.raises(ValueError, match="scale_rewards"):
+        config(tmp_path, advantage_estimator="rloo", scale_rewards="batch")
+    with pytest.raises(ValueError, match="multi_objective_aggregation"):
+        config(tmp_path, advantage_estimator="rloo", multi_objective_aggregation="normalize_then_sum")
+
+
+def test_inherited_defaults_that_differ(tmp_path: Path) -> None:
+    ours = config(tmp_path)
+    assert ours.lr_scheduler_type == "constant"
+    assert ours.vllm_importance_sampling_mode == "token_truncate" and ours.vllm_importance_sampling_clip_max == 2.0
+    theirs = {f for f in GRPOConfig.__dataclass_fields__}
+    changed = {
+        name
+        for name in theirs
+        if DCGRPOConfig.__dataclass_fields__[name].default != GRPOConfig.__dataclass_fields__[name].default
+    }
+    assert changed == {
+        "lr_scheduler_type",
+        "vllm_importance_sampling_mode",
+        "vllm_importance_sampling_clip_max",
+    }
+
+
+def test_command_line_round_trip(tmp_path: Path) -> None:
+    flags = ["--output_dir", str(tmp_path), "--bf16", "False", "--report_to", "none", "--constraint", "threshold"]
+    flags += ["--discrepancy_tolerance", "0.004", "--rollout_backend", "transformers", "--rollout_precision", "int8"]
+    (args,) = HfArgumentParser(DCGRPOConfig).parse_args_into_dataclasses(flags)
+    assert (args.constraint, args.discrepancy_tolerance, args.rollout_precision) == ("threshold", 0.004, "int8")
