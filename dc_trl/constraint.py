@@ -95,7 +95,7 @@ class DiscrepancyConstraint:
     def _saturation(self) -> str:
         return (
             f"the multiplier reached `multiplier_max` = {self.dual.maximum}: the discrepancy stays above the "
-            f"tolerance of {self.tolerance.value:.3g}. Look for a broken or stale weight sync first, then at its value."
+            f"tolerance of {self.tolerance.value:.3g}. Look for a broken weight sync first, then at the tolerance."
         )
 
     def state_dict(self) -> dict[str, Any]:

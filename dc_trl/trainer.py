@@ -2,7 +2,6 @@
 """The DC-GRPO trainer: TRL's GRPO trainer and the discrepancy constraint between scoring and loss."""
 
 import json
-import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from dc_trl.callbacks import LengthDecayCallback
 from dc_trl.config import DCGRPOConfig
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
 from dc_trl.discrepancy import (
-    combine,
     correction_metrics,
     mean_discrepancy,
     metrics,
@@ -31,6 +29,8 @@ from dc_trl.discrepancy import (
 from dc_trl.dual import DualVariable
 from dc_trl.estimators import GroupEstimatorsTrainer
 from dc_trl.importance import importance_sampling_ratio
+from dc_trl.instruments import Instruments
+from dc_trl.model_card import constraint_section, with_section
 from dc_trl.rollouts.factory import build_engine, check_log_prob_source, needs_own_engine
 
 logger = logging.get_logger(__name__)
@@ -39,9 +39,6 @@ STATE_FILE = "dc_grpo_state.json"
 
 # Above this share of the advantage, the penalty is part of what the policy learns, not a nudge. Our value.
 NOTABLE_PENALTY_SHARE = 0.1
-
-# Weight of the past in the smoothed gradient norm: a memory of some ten optimizer steps. Our value.
-GRAD_NORM_SMOOTHING = 0.9
 
 
 class DCGRPOTrainer(GroupEstimatorsTrainer):
@@ -59,7 +56,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
       `importance_sampling_ratio` after that forward.
     - `training_step`, `prediction_step`: where a generation batch ends
     - `log`: metrics of length-decay and of the gradient norm
-    - `_save_checkpoint`, `_load_optimizer_and_scheduler`: state
+    - `_save_checkpoint`, `_load_optimizer_and_scheduler`, `create_model_card`: state
     - `vllm_generation`: the slot of the rollout engine, `sync_weights()` and `generate()`
 
     An iteration of the dual is one generation batch, or one optimizer step where a step spans several; λ is constant
@@ -104,25 +101,19 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             self.dual,
             DiscrepancyTolerance(args.discrepancy_tolerance, args.tolerance_slack, args.tolerance_calibration_batches),
         )
-        self._summaries: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        self._instruments = Instruments()
         self._said: set[str] = set()
         with _attributes(args, use_vllm=args.use_vllm and not needs_own_engine(args)):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if needs_own_engine(args):
-            self.vllm_generation = build_engine(self)
             self.use_vllm = True
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
             self._last_loaded_step = -1
-        self._grad_norm: float | None = None
+        if self.use_vllm:
+            self.vllm_generation = build_engine(self)
         if args.length_decay:
-            self.add_callback(
-                LengthDecayCallback(
-                    args.length_decay_period,
-                    args.length_decay_factor,
-                    args.length_decay_min_lr_ratio,
-                    args.length_surge_ratio,
-                )
-            )
+            names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
+            self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))
 
     @property
     def _length_decay(self) -> LengthDecayCallback | None:
@@ -202,7 +193,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             inputs["advantages"] = penalised_advantages(inputs["advantages"], measured["penalty"])
             inputs["importance_sampling_ratio"] = measured.get("correction")
         mode = "train" if self.model.training else "eval"
-        self._summaries[mode].append(summarise(train_logps, sampling_logps, **measured))
+        self._instruments.add(mode, summarise(train_logps, sampling_logps, **measured))
 
     # Iterations and logs
 
@@ -224,11 +215,9 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     def _finish_iteration(self, mode: str) -> None:
         """Reduces the iteration's summaries over micro-batches and ranks, logs them, and steps the dual variable."""
-        if not self._summaries[mode]:
+        summary = self._instruments.reduce(mode, self.accelerator.gather)
+        if summary is None:
             return
-        local = combine(torch.stack(self._summaries[mode]))
-        summary = combine(self.accelerator.gather(local.unsqueeze(0))).cpu()
-        self._summaries[mode] = []
         mean = mean_discrepancy(summary, self.args.discrepancy_average).item()
         values = {f"dc/{key}": v.item() for key, v in metrics(summary, self.args.discrepancy_average).items()}
         values["dc/multiplier"] = self._constraint.multiplier
@@ -255,23 +244,28 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as TRL does, with `dc/grad_norm_smoothed` and `length_decay/*` added to training logs."""
         if self.model.training and "grad_norm" in logs:
-            norm = float(logs["grad_norm"])
-            if math.isfinite(norm):
-                past = norm if self._grad_norm is None else self._grad_norm
-                self._grad_norm = GRAD_NORM_SMOOTHING * past + (1 - GRAD_NORM_SMOOTHING) * norm
-            if self._grad_norm is not None:
-                logs["dc/grad_norm_smoothed"] = self._grad_norm
+            smoothed = self._instruments.smooth_grad_norm(float(logs["grad_norm"]))
+            if smoothed is not None:
+                logs["dc/grad_norm_smoothed"] = smoothed
         if self.model.training and self._length_decay is not None:
             logs |= self._length_decay.metrics()
         super().log(logs, start_time)
 
-    # State
+    # State and card
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir), "README.md")
+            state = (self.discrepancy_tolerance, self.dual.value, self.state.log_history)
+            path.write_text(with_section(path.read_text("utf-8"), constraint_section(self.args, *state)), "utf-8")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            state = self._constraint.state_dict() | {"grad_norm": self._grad_norm}
+            state = self._constraint.state_dict() | {"instruments": self._instruments.state_dict()}
             (folder / STATE_FILE).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -282,7 +276,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         if path.exists():
             state = json.loads(path.read_text())
             self._constraint.load_state_dict(state)
-            self._grad_norm = state["grad_norm"]
+            self._instruments.load_state_dict(state["instruments"])
         else:
             self._say_once([("state", f"{checkpoint} has no {STATE_FILE}: multiplier and tolerance start anew.")])
 

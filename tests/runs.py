@@ -45,18 +45,15 @@ def settings(output_dir: Path, **overrides: Any) -> dict[str, Any]:
 
 def dc_trainer(output_dir: Path, *, model: Any = None, **options: Any) -> DCGRPOTrainer:
     """A DCGRPOTrainer, by default with in-process int4 rollouts. Trainer arguments go by their own names."""
-    arguments = {
-        k: options.pop(k) for k in ("rollout_func", "eval_dataset", "callbacks", "peft_config") if k in options
-    }
+    names = ("rollout_func", "train_dataset", "eval_dataset", "callbacks", "peft_config", "processing_class", "tools")
+    arguments = {name: options.pop(name) for name in names if name in options}
     reward = options.pop("reward_funcs", count_digits)
     if "rollout_func" not in arguments and not options.get("use_vllm"):
         options = {"rollout_backend": "transformers", "rollout_precision": "int4"} | options
     args = DCGRPOConfig(**settings(output_dir, **options))
     policy = tiny_model() if model is None else model
-    data = arguments.pop("train_dataset", PROMPTS)
-    return quiet(
-        DCGRPOTrainer(policy, reward, args, train_dataset=data, processing_class=tiny_tokenizer(), **arguments)
-    )
+    arguments = {"train_dataset": PROMPTS, "processing_class": tiny_tokenizer()} | arguments
+    return quiet(DCGRPOTrainer(policy, reward, args, **arguments))
 
 
 def quiet(trainer: Any) -> Any:

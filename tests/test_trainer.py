@@ -257,6 +257,17 @@ def test_notable_states_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureF
     assert sum("penalty_share" in m for m in said) == 1
 
 
+def test_the_model_card_says_what_was_constrained(tmp_path: Path) -> None:
+    trainer = dc_trainer(tmp_path, discrepancy_tolerance=0.0123)
+    trainer.train()
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    last = logged(trainer, "dc/discrepancy/mean")[-1]
+    for expected in ("| tolerance | 0.0123 (given) |", f"{last:.4g}", "2606.08779", "2602.01826", "int4"):
+        assert expected in card
+    assert card.index("## Discrepancy constraint") < card.index("## Citations")
+
+
 def test_no_source_of_log_probs_is_refused_before_the_model_loads(tmp_path: Path) -> None:
     args = DCGRPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False)
     with pytest.raises(

@@ -39,8 +39,13 @@ def check_log_prob_source(args: DCGRPOConfig, rollout_func: Callable[..., Any] |
 
 
 def build_engine(trainer: "DCGRPOTrainer") -> Any:
-    """The engine for `trainer.vllm_generation`: in-process, or a vLLM server that reloads weights from disk."""
+    """The engine for `trainer.vllm_generation`: one of this package's, or TRL's, adapted where it needs to be."""
     args = trainer.args
+    if not needs_own_engine(args):
+        from dc_trl.rollouts.vllm_colocate import prepare_colocated_engine
+
+        prepare_colocated_engine(trainer.vllm_generation)
+        return trainer.vllm_generation
     if args.rollout_backend == "transformers":
         from dc_trl.rollouts.transformers import TransformersGeneration
 

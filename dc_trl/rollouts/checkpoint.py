@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy on disk, as safetensors that another process may read at any moment.
+
+A checkpoint is a directory of shards. It is filled under a temporary name and then renamed, which a file system does
+in one step: a reader finds all of it or none. Safetensors hold numbers only; nothing here is ever pickled.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+SHARD_BYTES = 4 * 2**30
+"""Tensors are collected in CPU memory up to this size before they are written."""
+
+_NAME = re.compile(r"policy-(\d{8})")
+_BLOCK = re.compile(r".*?\.\d+\.")
+
+
+def next_checkpoint(root: Path) -> Path:
+    """The path for the next checkpoint under `root`, which counts on from those there, a previous run's included."""
+    numbers = [int(match[1]) for path in root.glob("policy-*") if (match := _NAME.fullmatch(path.name))]
+    return root / f"policy-{max(numbers, default=0) + 1:08d}"
+
+
+def write_checkpoint(
+    directory: Path, model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `weights` as `directory/model-*.safetensors`, all at once as far as readers can tell.
+
+    Names and shapes are those of `save_pretrained`: where transformers fuses tensors in memory (the experts of a
+    mixture), they are written apart, as the model's published checkpoints and vLLM have them. Dtypes stay.
+
+    Args:
+        directory: where to; must not exist.
+        model: the plain model, which knows how its checkpoints differ from its memory.
+        weights: from `iter_policy_weights`, consumed whole.
+        shard_bytes: size from which a file is closed and the next one begun.
+
+    Raises:
+        OSError: the directory exists, or cannot be written. At most a hidden `.tmp` directory is left behind, which
+            the next call of `remove_old_checkpoints` clears.
+    """
+    partial = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, shard in enumerate(_shards(_blocks(model, weights), shard_bytes), start=1):
+        save_file(shard, partial / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+    os.rename(partial, directory)
+
+
+def remove_old_checkpoints(root: Path, keep: int = 2) -> None:
+    """Delete all but the `keep` newest checkpoints under `root`, and what interrupted writes left there."""
+    complete = sorted(path for path in root.glob("policy-*") if _NAME.fullmatch(path.name))
+    for path in [*complete[: len(complete) - keep], *root.glob(".policy-*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _blocks(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of one numbered layer at a time, copied to the CPU, under the names that checkpoints use.
+
+    A layer is the unit because some conversions need several of its tensors at once, and none spans two.
+    """
+    for _, block in groupby(weights, key=lambda item: match[0] if (match := _BLOCK.match(item[0])) else ""):
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in block}
+        yield revert_weight_conversion(model, copies)
+
+
+def _shards(blocks: Iterable[dict[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Regroup blocks into files of at least `shard_bytes`, the last one excepted."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for block in blocks:
+        for name, tensor in block.items():
+            # Pieces of one tensor share its storage, which safetensors refuses; a clone of a piece owns its own.
+            whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+            shard[name] = tensor.contiguous() if whole else tensor.contiguous().clone()
+            size += shard[name].nbytes
+            if size >= shard_bytes:
+                yield shard
+                shard, size = {}, 0
+    if shard:
+        yield shard

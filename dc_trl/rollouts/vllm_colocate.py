@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's colocated vLLM engine, made to take new weights on CPUs.
+
+On CPUs with AVX-512, vLLM packs each linear layer's weight for the processor when it starts and drops the original.
+TRL's weight sync loads into the original and fails (`'Parameter' object has no attribute 'weight_loader'`). vLLM's own
+reload brings the originals back for the load and packs again.
+"""
+
+from functools import partial
+
+from trl.generation.vllm_generation import VLLMGeneration
+
+from dc_trl.rollouts.vllm_server import check_reloadable
+from dc_trl.rollouts.weights import iter_policy_weights, plain_model
+
+
+def prepare_colocated_engine(engine: VLLMGeneration) -> None:
+    """Give a colocated engine on CPUs a `sync_weights` that works there; leave any other as it is.
+
+    The weights pass through no file and no other process: they are read in this one, one module at a time.
+
+    Args:
+        engine: built by TRL with `mode="colocate"`. Seams used: `llm`, `model`, `accelerator`, and the instance
+            attribute `sync_weights`, which is set.
+
+    Raises:
+        NotImplementedError: for a mixture of experts on CPUs, which vLLM reloads wrongly.
+    """
+    if engine.mode != "colocate":
+        return
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    check_reloadable({"device_config": {"device_type": "cpu"}}, plain_model(engine.model, engine.accelerator))
+    engine.sync_weights = partial(_reload, engine)  # type: ignore[method-assign]
+
+
+def _reload(engine: VLLMGeneration) -> None:
+    """Load the policy's weights into the engine, and empty its prefix cache."""
+    weights = iter_policy_weights(engine.model, engine.accelerator)
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    if not engine.llm.reset_prefix_cache():
+        raise RuntimeError(
+            "vLLM did not reset its prefix cache after a weight sync, so completions would mix two policies: some "
+            "request is still running. Let it finish before the next sync."
+        )

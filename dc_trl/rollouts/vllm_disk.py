@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A vLLM server that gets its weights through a shared file system, for servers that NCCL cannot reach.
+
+TRL sends weights to a server over NCCL, from CUDA devices only. A disk reaches servers on CPUs, on other vendors'
+devices and on other machines. Start the server with
+
+    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --host 127.0.0.1 \
+        --logprobs-mode processed_logprobs
+
+and let it read the trainer's output directory under the same absolute path. Security: the endpoints that this opens
+have no authentication (see `dc_trl.rollouts.vllm_server`), so keep the port on loopback or on a private network.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from dc_trl.rollouts.checkpoint import next_checkpoint, remove_old_checkpoints, write_checkpoint
+from dc_trl.rollouts.vllm_server import (
+    PatientAdapter,
+    check_logprobs_mode,
+    check_reloadable,
+    explain_failure,
+    reload_weights,
+)
+from dc_trl.rollouts.weights import iter_policy_weights, plain_model
+
+__all__ = ["VLLMDiskGeneration", "check_logprobs_mode"]
+
+_SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
+
+
+class VLLMDiskGeneration(VLLMGeneration):
+    """TRL's vLLM server engine with the weights sent over disk instead of NCCL.
+
+    The main process talks to the server and the others wait for it; under FSDP2 and ZeRO-3 all of them gather, one
+    module at a time. A server that dies raises `ConnectionError` after at most about `server_timeout` seconds. A
+    server started again is brought up to date by the first `sync_weights` of the resumed run.
+
+    Seams of TRL 1.16 used: `_init_vllm` (replaced: no communicator), `sync_weights` (replaced), `generate` (wrapped),
+    and the attributes `mode`, `model`, `accelerator`, `server_*`, `group_port`, `vllm_client`.
+
+    Args:
+        *args: as for `VLLMGeneration`.
+        sync_dir: directory for the policy's checkpoints, which the server must find under the same absolute path.
+            The last two are kept.
+        **kwargs: as for `VLLMGeneration`; `mode` must be `"server"`.
+    """
+
+    def __init__(self, *args: Any, sync_dir: str | os.PathLike[str], **kwargs: Any) -> None:
+        self.sync_dir = Path(sync_dir).absolute()
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_trainer(cls, trainer: Any) -> "VLLMDiskGeneration":
+        """The engine that a GRPO trainer's arguments describe, with checkpoints in `output_dir/weight_sync`."""
+        args = trainer.args
+        return cls(
+            trainer.model,
+            trainer.accelerator,
+            trainer.processing_class,
+            mode=args.vllm_mode,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            generation_kwargs=args.generation_kwargs,
+            sync_dir=Path(args.output_dir) / "weight_sync",
+            **{name: getattr(trainer, name) for name in _SAMPLING},
+        )
+
+    def _init_vllm(self) -> None:
+        if self.mode != "server":
+            raise ValueError(
+                f"weight_sync='disk' is for vLLM servers, got vllm_mode={self.mode!r}: a colocated engine shares the "
+                "trainer's memory. Set vllm_mode='server', or weight_sync='nccl'."
+            )
+        self.base_url = (self.server_base_url or f"http://{self.server_host}:{self.server_port}").rstrip("/")
+        if self.accelerator.is_main_process:
+            self.vllm_client = VLLMClient(
+                base_url=self.base_url, group_port=self.group_port, connection_timeout=self.server_timeout
+            )
+            self.vllm_client.session.mount(self.base_url, PatientAdapter(self.server_timeout))
+            # Raises where the development endpoints are off.
+            server = self.vllm_client.get_server_info()
+            check_reloadable(server, plain_model(self.model, self.accelerator))
+        self.accelerator.wait_for_everyone()
+
+    def sync_weights(self) -> None:
+        """Write the policy to disk and have the server load it. A collective: every process must call it.
+
+        Raises:
+            ConnectionError: the server is gone, or failed to load the weights.
+            RuntimeError: the server refused to load them, or to reset its prefix cache.
+            OSError: `sync_dir` cannot be written.
+        """
+        weights = iter_policy_weights(self.model, self.accelerator)
+        if self.accelerator.is_main_process:
+            directory = next_checkpoint(self.sync_dir)
+            write_checkpoint(directory, plain_model(self.model, self.accelerator), weights)
+            with explain_failure(self.base_url, f"loading the weights in {directory}, which it must be able to read"):
+                reload_weights(self.vllm_client.session, self.base_url, directory)
+            remove_old_checkpoints(self.sync_dir)
+        else:
+            for _ in weights:  # takes part in gathering the shards
+                pass
+        self.accelerator.wait_for_everyone()
+
+    def generate(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As `VLLMGeneration.generate`; a server that is gone raises `ConnectionError` with the way out."""
+        with explain_failure(self.base_url, "generating completions"):
+            return super().generate(*args, **kwargs)

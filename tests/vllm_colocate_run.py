@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the tiny policy with real, colocated vLLM and prints what happened as JSON; run by test_vllm_colocate.py."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import PROMPTS, dc_trainer, logged, weights
+from tiny import save_tiny_policy
+
+
+def probe(trainer: Any) -> float:
+    """Mean |π − μ| of a fresh batch in evaluation, with whatever weights the engine holds now."""
+    return trainer.evaluate()["eval_dc/discrepancy/mean"]
+
+
+def main(directory: Path) -> None:
+    """Trains, then moves the policy behind the engine's back, then synchronises it."""
+    policy = str(save_tiny_policy(directory / "policy"))
+    options: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64, "max_steps": 5}
+    options |= {"tolerance_calibration_batches": 2, "eval_dataset": PROMPTS.select(range(8))}
+    trainer = dc_trainer(directory / "run", model=policy, **options)
+    before = weights(trainer)
+    trainer.train()
+    result: dict[str, Any] = {"moved": (weights(trainer) - before).abs().max().item()}
+    for key in ("dc/discrepancy/mean", "dc/multiplier", "dc/tolerance", "dc/nan_fraction", "dc/chi2_token"):
+        result[key] = logged(trainer, key)
+    trainer._last_loaded_step = -1
+    result["synchronised"] = probe(trainer)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    result["stale"] = probe(trainer)  # the step has not changed, so TRL does not synchronise
+    trainer._last_loaded_step = -1
+    result["resynchronised"] = probe(trainer)
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
