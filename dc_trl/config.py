@@ -12,6 +12,9 @@ from dc_trl.discrepancy import DISCREPANCY_METRICS
 
 ROLLOUT_PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4", "int3")
 
+# Loss types that divide by the number of sequences, so that a dropped sequence must be taken out of the divisor.
+SEQUENCE_MEAN_LOSSES = ("grpo", "dr_grpo", "luspo", "sapo")
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "constraint": CONSTRAINTS,
     "discrepancy_metric": DISCREPANCY_METRICS,
@@ -134,6 +137,8 @@ class DCGRPOConfig(GRPOConfig):
         self._check_rollouts()
         if self.advantage_estimator == "rloo":
             self._set_up_rloo()
+        if self.zero_variance_groups == "drop":
+            self._check_dropping()
         if self.constraint != "none":
             self._check_sampling()
             self._check_loss()
@@ -191,6 +196,22 @@ class DCGRPOConfig(GRPOConfig):
                 "'none', or `advantage_estimator='grpo'`."
             )
         self.scale_rewards = "none"
+
+    def _check_dropping(self) -> None:
+        """Terms of the loss that the advantage does not scale keep the dropped groups in their normaliser."""
+        other_losses = self.loss_type in (*SEQUENCE_MEAN_LOSSES, "bnpo")
+        refused = {
+            "beta": (self.beta != 0 and other_losses, "0, or a loss that divides by tokens, such as 'dapo'"),
+            "entropy_coef": (self.entropy_coef != 0, "0"),
+            "use_adaptive_entropy": (self.use_adaptive_entropy, "False"),
+        }
+        for name, (applies, remedy) in refused.items():
+            if applies:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)} with `zero_variance_groups='drop'` and `loss_type="
+                    f"{self.loss_type!r}`: its term of the loss would still be averaged over the dropped groups. Use "
+                    f"{remedy}, or `zero_variance_groups='keep'`."
+                )
 
     def _check_sampling(self) -> None:
         """The two engines must mean the same distribution, or the discrepancy gets a floor of p(1/S − 1)."""

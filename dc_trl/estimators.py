@@ -8,10 +8,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from dc_trl.advantage import rloo_advantages, zero_variance_groups
-from dc_trl.config import DCGRPOConfig
-
-# Loss types that divide by the number of sequences, so that a dropped sequence must be taken out of the divisor.
-SEQUENCE_MEAN_LOSSES = ("grpo", "dr_grpo", "luspo", "sapo")
+from dc_trl.config import SEQUENCE_MEAN_LOSSES, DCGRPOConfig
 
 
 class GroupEstimatorsTrainer(GRPOTrainer):

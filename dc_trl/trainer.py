@@ -173,10 +173,11 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         train_logps = inputs.get("old_per_token_logps", logps)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         measured: dict[str, Any] = {"mask": inputs.get("measured_mask", mask), "metric": args.discrepancy_metric}
+        scored = valid_tokens(sampling_logps, measured["mask"])
         valid = valid_tokens(sampling_logps, mask)
         if args.vllm_importance_sampling_correction:
             measured["correction"], measured["kept"] = importance_sampling_ratio(
-                *(train_logps, sampling_logps, valid),
+                *(train_logps, sampling_logps, scored),
                 mode=args.vllm_importance_sampling_mode,
                 clip_min=args.vllm_importance_sampling_clip_min,
                 clip_max=args.vllm_importance_sampling_clip_max,

@@ -103,6 +103,22 @@ def test_rloo_needs_one_unscaled_reward(tmp_path: Path) -> None:
         config(tmp_path, advantage_estimator="rloo", multi_objective_aggregation="normalize_then_sum")
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"beta": 0.1, "loss_type": "grpo"}, "beta"),
+        ({"beta": 0.1, "loss_type": "bnpo"}, "beta"),
+        ({"entropy_coef": 0.1}, "entropy_coef"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
+    ],
+    ids=str,
+)
+def test_dropping_refuses_terms_that_it_cannot_rescale(tmp_path: Path, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`.*drop"):
+        config(tmp_path, zero_variance_groups="drop", **options)
+    config(tmp_path, zero_variance_groups="drop", beta=0.1, loss_type="dapo")
+
+
 def test_inherited_defaults_that_differ(tmp_path: Path) -> None:
     ours = config(tmp_path)
     assert ours.lr_scheduler_type == "constant"

