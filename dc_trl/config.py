@@ -172,7 +172,7 @@ class DCGRPOConfig(GRPOConfig):
                         f"`rollout_backend` is 'transformers' and `{name}` is True: two engines would sample. Set "
                         f"`{name}=False`, or leave `rollout_backend` at 'vllm'."
                     )
-        elif self.rollout_precision is not None and self.weight_sync != "disk":
+        elif self.rollout_precision is not None and (self.weight_sync, self.rollout_precision) != ("disk", "int8"):
             raise ValueError(
                 f"`rollout_precision` is {self.rollout_precision!r} with vLLM, which takes its precision from the "
                 "server's or engine's own start-up options (for example `--quantization fp8`). Leave it at None, use "

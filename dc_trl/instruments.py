@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dc_trl.discrepancy import combine
 
-# Weight of the past in the smoothed gradient norm: a memory of some ten optimizer steps. Our value.
+# Weight of the past in the smoothed gradient norm: a memory of some ten log entries. Our value.
 GRAD_NORM_SMOOTHING = 0.9
 
 

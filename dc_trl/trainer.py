@@ -54,7 +54,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     - `_compute_loss` and, while it runs, `_get_per_token_logps_and_entropies`: its log-probs are π, from which penalty
       and importance ratio are filled in between forward and loss. It reads `advantages`, (B,) or (B, T), and
       `importance_sampling_ratio` after that forward.
-    - `training_step`, `prediction_step`: where a generation batch ends
+    - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends
     - `log`: metrics of length-decay and of the gradient norm
     - `_save_checkpoint`, `_load_optimizer_and_scheduler`, `create_model_card`: state
     - `vllm_generation`: the slot of the rollout engine, `sync_weights()` and `generate()`
@@ -175,7 +175,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         measured: dict[str, Any] = {"mask": inputs.get("measured_mask", mask), "metric": args.discrepancy_metric}
         scored = valid_tokens(sampling_logps, measured["mask"])
         valid = valid_tokens(sampling_logps, mask)
-        if args.vllm_importance_sampling_correction:
+        if self.use_vllm and args.vllm_importance_sampling_correction:
             measured["correction"], measured["kept"] = importance_sampling_ratio(
                 *(train_logps, sampling_logps, scored),
                 mode=args.vllm_importance_sampling_mode,
@@ -209,10 +209,11 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             self._finish_iteration("train")
         return loss
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
-        result = super().prediction_step(*args, **kwargs)
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as TRL does; the discrepancy is reduced once, over all batches."""
+        output = super().evaluation_loop(*args, **kwargs)
         self._finish_iteration("eval")
-        return result
+        return output
 
     def _finish_iteration(self, mode: str) -> None:
         """Reduces the iteration's summaries over micro-batches and ranks, logs them, and steps the dual variable."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
@@ -92,6 +93,27 @@ def logged(trainer: GRPOTrainer, key: str) -> list[float]:
 def weights(trainer: GRPOTrainer) -> torch.Tensor:
     """All parameters in one flat vector."""
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def record_losses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What TRL's loss saw, one entry a micro-batch: its inputs as they were at its end, and `train_logps`, its own."""
+    records: list[dict[str, Any]] = []
+    latest: list[torch.Tensor] = []
+    forward, loss = GRPOTrainer._get_per_token_logps_and_entropies, GRPOTrainer._compute_loss
+
+    def recording_forward(self: GRPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        outputs = forward(self, *args, **kwargs)
+        latest[:] = [outputs[0].detach()]
+        return outputs
+
+    def recording_loss(self: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        value = loss(self, model, inputs)
+        records.append(inputs | {"train_logps": latest[0]})
+        return value
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", recording_forward)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", recording_loss)
+    return records
 
 
 def replayed_rollouts(

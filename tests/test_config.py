@@ -39,6 +39,7 @@ OURS = [
     ("dual_lr", -1.0, "≥ 0"),
     ("weight_sync", "disk", "use_vllm=True"),
     ("rollout_precision", "fp8", "rollout_backend='transformers'"),
+    ("rollout_precision", "int8", "weight_sync='disk'"),
 ]
 
 

@@ -24,6 +24,8 @@ START_COMMAND = (
     "--logprobs-mode processed_logprobs"
 )
 _RESET_ATTEMPTS = 5
+_ANSWER_SECONDS = 60.0
+"""Least time that a server which took the connection gets to answer: the first `/server_info` surveys its machine."""
 
 
 class PatientAdapter(HTTPAdapter):
@@ -83,7 +85,7 @@ def check_logprobs_mode(base_url: str, timeout: float) -> None:
 
     Args:
         base_url: of the server, such as `http://127.0.0.1:8000`.
-        timeout: seconds to wait for a server that does not answer (yet).
+        timeout: seconds to wait for a server that takes no connection (yet); one that does gets a minute or more.
 
     Raises:
         ConnectionError: nothing answered in time.
@@ -125,12 +127,38 @@ def check_reloadable(vllm_config: dict[str, Any], model: nn.Module) -> None:
         )
 
 
+def check_quantization(vllm_config: dict[str, Any], precision: str | None) -> None:
+    """Refuses a server whose format is not the one that would be sent.
+
+    Args:
+        vllm_config: the server's, from its `/server_info`.
+        precision: `"int8"`, or None for weights as trained.
+
+    Raises:
+        ValueError: an int8 checkpoint for a server that is not compressed-tensors, or the other way round.
+    """
+    served = vllm_config["model_config"]["quantization"]
+    if precision == "int8" and served != "compressed-tensors":
+        raise ValueError(
+            f"`rollout_precision` is 'int8', but the server's quantization is {served!r}. Start it with a checkpoint "
+            "made by `python -m dc_trl.rollouts.compressed MODEL DIRECTORY`, or set `rollout_precision=None`."
+        )
+    if precision is None and served == "compressed-tensors":
+        raise ValueError(
+            "`rollout_precision` is None, but the server was started with a compressed-tensors checkpoint and cannot "
+            "load weights as trained. Set `rollout_precision='int8'` for a W8A8 int8 server, or start it with the "
+            "model itself."
+        )
+
+
 def _first_answer(url: str, timeout: float) -> requests.Response:
     """The first response to a GET, whatever its status, trying once a second for `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         try:
-            return requests.get(url, params={"config_format": "json"}, timeout=max(timeout, 1.0))
+            return requests.get(
+                url, params={"config_format": "json"}, timeout=(timeout, max(timeout, _ANSWER_SECONDS))
+            )
         except requests.RequestException as error:
             if time.monotonic() + 1 >= deadline:
                 raise ConnectionError(

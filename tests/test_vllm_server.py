@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight sync over disk with a real vLLM server on loopback: one server for the module, killed and restarted once."""
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from runs import dc_trainer, logged
+from tiny import save_tiny_policy, tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import TrainerCallback
+from vllm_process import VLLMServer
+
+from dc_trl.rollouts.vllm_server import check_logprobs_mode
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+# Longer than two blocks of the prefix cache.
+PROMPT = tiny_tokenizer()("the quick brown fox jumps over the lazy dog, 12 + 34 = 46. And then? ").input_ids
+FLOAT32 = 2e-3
+"""Bound on the gap of log-probs between two float32 implementations of the tiny model."""
+BFLOAT16 = 0.5
+"""The same between float32 and bfloat16; the tiny model's logits reach 20, where bfloat16's steps are 0.06 to 0.13."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    directory = tmp_path_factory.mktemp("server")
+    server = VLLMServer(save_tiny_policy(directory / "policy"), directory / "server.log")
+    try:
+        yield server.start("--dtype", "float32", "--block-size", "32")
+    finally:
+        server.kill()
+
+
+def engine(server: VLLMServer, model: nn.Module, sync_dir: Path, timeout: float = 5.0) -> Any:
+    from dc_trl.rollouts.vllm_disk import VLLMDiskGeneration
+
+    return VLLMDiskGeneration(
+        model,
+        Accelerator(cpu=True),
+        tiny_tokenizer(),
+        mode="server",
+        server_base_url=server.url,
+        server_timeout=timeout,
+        max_completion_length=16,
+        sync_dir=sync_dir,
+    )
+
+
+def perturbed(seed: int, scale: float = 0.05) -> Any:
+    """The served model after what a few large optimizer steps might do to it."""
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def gap(rollouts: Any, model: nn.Module) -> float:
+    """Largest difference between the server's log-probs of 8 sampled completions and the model's of these tokens."""
+    _, completions, logprobs, _ = rollouts.generate([PROMPT] * 8, None, num_generations=8)
+    assert len(completions) == 8
+    differences = []
+    for completion, served in zip(completions, logprobs, strict=True):
+        ids = torch.tensor([PROMPT + completion])
+        with torch.no_grad():
+            ours = model(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        ours = ours.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
+        differences.append((ours - torch.tensor(served).squeeze(1)).abs().max().item())
+    return max(differences)
+
+
+def test_the_server_follows_the_trainer(server: VLLMServer, tmp_path: Path) -> None:
+    check_logprobs_mode(server.url, timeout=5)
+    model = perturbed(seed=1)
+    rollouts = engine(server, model, tmp_path)
+    assert gap(rollouts, model) > 100 * FLOAT32, "the server starts from other weights"
+    # The prompt's blocks are in the prefix cache now, computed with the old weights: only a reset gets rid of them.
+    rollouts.sync_weights()
+    assert gap(rollouts, model) < FLOAT32
+    for seed in (2, 3):
+        model.load_state_dict(perturbed(seed).state_dict())
+        rollouts.sync_weights()
+        assert gap(rollouts, model) < FLOAT32
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["policy-00000002", "policy-00000003"]
+
+
+def test_a_stale_prefix_cache_would_show(server: VLLMServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perturbed(seed=4)
+    rollouts = engine(server, model, tmp_path)
+    rollouts.sync_weights()
+    assert gap(rollouts, model) < FLOAT32
+    model.load_state_dict(perturbed(seed=5).state_dict())
+    post = rollouts.vllm_client.session.post
+
+    def without_reset(url: str, **kwargs: Any) -> Any:
+        return post(url.replace("reset_prefix_cache", "reset_mm_cache"), **kwargs)
+
+    monkeypatch.setattr(rollouts.vllm_client.session, "post", without_reset)
+    rollouts.sync_weights()
+    monkeypatch.undo()
+    assert gap(rollouts, model) > 10 * FLOAT32
+
+
+def test_adapters_are_served_merged(server: VLLMServer, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    model = get_peft_model(perturbed(seed=6), config).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rollouts = engine(server, model, tmp_path)
+    rollouts.sync_weights()
+    assert gap(rollouts, model) < FLOAT32
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class KillServer(TrainerCallback):
+    """Kills the server at the end of a step."""
+
+    def __init__(self, server: VLLMServer, step: int) -> None:
+        self.server, self.step = server, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.server.kill()
+
+
+def test_a_run_survives_its_server(server: VLLMServer, tmp_path: Path) -> None:
+    options = {"use_vllm": True, "vllm_mode": "server", "weight_sync": "disk", "vllm_server_base_url": server.url}
+    options |= {"vllm_server_timeout": 5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer = dc_trainer(tmp_path, callbacks=[KillServer(server, step=3)], **options)
+    with pytest.raises(ConnectionError, match=f"{server.url}.*resume_from_checkpoint"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert max(logged(trainer, "dc/discrepancy/mean")) < FLOAT32
+    for action in (trainer.vllm_generation.sync_weights, lambda: gap(trainer.vllm_generation, trainer.model)):
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match=f"{server.url}.*resume_from_checkpoint"):
+            action()
+        assert time.monotonic() - start < 3 * 5
+    with pytest.raises(ConnectionError, match=f"{server.url}.*vllm_server_timeout"):
+        dc_trainer(tmp_path, **options)
+
+    server.start()  # from its own old checkpoint, and now in bfloat16, as its config.json says
+    resumed = dc_trainer(tmp_path, **options)
+    assert gap(resumed.vllm_generation, trainer.model) > BFLOAT16
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert max(logged(resumed, "dc/discrepancy/mean")[2:]) < 0.02
+    resumed.vllm_generation.sync_weights()
+    assert gap(resumed.vllm_generation, resumed.model) < BFLOAT16
