@@ -172,11 +172,11 @@ class DCGRPOConfig(GRPOConfig):
                         f"`rollout_backend` is 'transformers' and `{name}` is True: two engines would sample. Set "
                         f"`{name}=False`, or leave `rollout_backend` at 'vllm'."
                     )
-        elif self.rollout_precision is not None and (self.weight_sync, self.rollout_precision) != ("disk", "int8"):
+        elif self.rollout_precision is not None:
             raise ValueError(
                 f"`rollout_precision` is {self.rollout_precision!r} with vLLM, which takes its precision from the "
-                "server's or engine's own start-up options (for example `--quantization fp8`). Leave it at None, use "
-                "`rollout_backend='transformers'`, or `weight_sync='disk'` with 'int8'."
+                "server's or engine's own start-up options (for example `--quantization fp8`). Leave it at None, or "
+                "use `rollout_backend='transformers'`."
             )
         if self.weight_sync == "disk" and not (self.use_vllm and self.vllm_mode == "server"):
             raise ValueError(

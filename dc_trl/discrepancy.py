@@ -183,7 +183,8 @@ def metrics(summary: Tensor, average: str = "trajectory") -> dict[str, Tensor]:
         "discrepancy/max": maximum,
         "discrepancy/p99": torch.minimum(_percentile(summary[_HISTOGRAM_AT:], 0.99), maximum),
         "discrepancy_kept/mean": s["discrepancy_kept"] / s["kept"],
-        "penalty_share": torch.where(s["advantage"] > 0, s["penalty"] / s["advantage"], torch.nan),
+        # Below a mean |A| of a millionth no sequence has a reward of its own, and a share would say nothing.
+        "penalty_share": torch.where(s["advantage"] > 1e-6 * n, s["penalty"] / s["advantage"], torch.nan),
         "pearson": (covariance / variances.clamp(min=0).sqrt()).clamp(-1.0, 1.0),
         "kl": -s["log_ratio"] / n,
         "k3_kl": (s["ratio"] - s["log_ratio"]) / n - 1.0,

@@ -39,7 +39,6 @@ OURS = [
     ("dual_lr", -1.0, "≥ 0"),
     ("weight_sync", "disk", "use_vllm=True"),
     ("rollout_precision", "fp8", "rollout_backend='transformers'"),
-    ("rollout_precision", "int8", "weight_sync='disk'"),
 ]
 
 
@@ -83,7 +82,7 @@ def test_trl_fields_that_break_the_constraint(tmp_path: Path, options: dict[str,
         {"importance_sampling_level": "sequence", "discrepancy_level": "sequence"},
         {"multiplier_init": 1.0, "multiplier_max": 1.0},
         {"discrepancy_tolerance": 0.0},
-        {"use_vllm": True, "vllm_mode": "server", "weight_sync": "disk", "rollout_precision": "int8"},
+        {"use_vllm": True, "vllm_mode": "server", "weight_sync": "disk"},
     ],
     ids=str,
 )

@@ -19,11 +19,9 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from dc_trl.rollouts.checkpoint import next_checkpoint, remove_old_checkpoints, write_checkpoint
-from dc_trl.rollouts.compressed import compressed_weights
 from dc_trl.rollouts.vllm_server import (
     PatientAdapter,
     check_logprobs_mode,
-    check_quantization,
     check_reloadable,
     explain_failure,
     reload_weights,
@@ -49,16 +47,11 @@ class VLLMDiskGeneration(VLLMGeneration):
         *args: as for `VLLMGeneration`.
         sync_dir: directory for the policy's checkpoints, which the server must find under the same absolute path.
             The last two are kept.
-        precision: None sends the weights as trained; `"int8"` sends them quantised, to a server that was started with
-            a checkpoint of `python -m dc_trl.rollouts.compressed`.
         **kwargs: as for `VLLMGeneration`; `mode` must be `"server"`.
     """
 
-    def __init__(
-        self, *args: Any, sync_dir: str | os.PathLike[str], precision: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, sync_dir: str | os.PathLike[str], **kwargs: Any) -> None:
         self.sync_dir = Path(sync_dir).absolute()
-        self.precision = precision
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -77,7 +70,6 @@ class VLLMDiskGeneration(VLLMGeneration):
             server_timeout=args.vllm_server_timeout,
             generation_kwargs=args.generation_kwargs,
             sync_dir=Path(args.output_dir) / "weight_sync",
-            precision=args.rollout_precision,
             **{name: getattr(trainer, name) for name in _SAMPLING},
         )
 
@@ -96,7 +88,6 @@ class VLLMDiskGeneration(VLLMGeneration):
             # Raises where the development endpoints are off.
             server = self.vllm_client.get_server_info()
             check_reloadable(server, plain_model(self.model, self.accelerator))
-            check_quantization(server, self.precision)
         self.accelerator.wait_for_everyone()
 
     def sync_weights(self) -> None:
@@ -109,9 +100,8 @@ class VLLMDiskGeneration(VLLMGeneration):
         """
         weights = iter_policy_weights(self.model, self.accelerator)
         if self.accelerator.is_main_process:
-            directory, policy = next_checkpoint(self.sync_dir), plain_model(self.model, self.accelerator)
-            sent = weights if self.precision is None else compressed_weights(weights, policy)
-            write_checkpoint(directory, policy, sent)
+            directory = next_checkpoint(self.sync_dir)
+            write_checkpoint(directory, plain_model(self.model, self.accelerator), weights)
             with explain_failure(self.base_url, f"loading the weights in {directory}, which it must be able to read"):
                 reload_weights(self.vllm_client.session, self.base_url, directory)
             remove_old_checkpoints(self.sync_dir)

@@ -127,30 +127,6 @@ def check_reloadable(vllm_config: dict[str, Any], model: nn.Module) -> None:
         )
 
 
-def check_quantization(vllm_config: dict[str, Any], precision: str | None) -> None:
-    """Refuses a server whose format is not the one that would be sent.
-
-    Args:
-        vllm_config: the server's, from its `/server_info`.
-        precision: `"int8"`, or None for weights as trained.
-
-    Raises:
-        ValueError: an int8 checkpoint for a server that is not compressed-tensors, or the other way round.
-    """
-    served = vllm_config["model_config"]["quantization"]
-    if precision == "int8" and served != "compressed-tensors":
-        raise ValueError(
-            f"`rollout_precision` is 'int8', but the server's quantization is {served!r}. Start it with a checkpoint "
-            "made by `python -m dc_trl.rollouts.compressed MODEL DIRECTORY`, or set `rollout_precision=None`."
-        )
-    if precision is None and served == "compressed-tensors":
-        raise ValueError(
-            "`rollout_precision` is None, but the server was started with a compressed-tensors checkpoint and cannot "
-            "load weights as trained. Set `rollout_precision='int8'` for a W8A8 int8 server, or start it with the "
-            "model itself."
-        )
-
-
 def _first_answer(url: str, timeout: float) -> requests.Response:
     """The first response to a GET, whatever its status, trying once a second for `timeout` seconds."""
     deadline = time.monotonic() + timeout

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems with a known answer, from the Hub or from local files, in the two columns that training reads.
+
+DAPO-Math-17k as it is on the Hub has 1.79 million rows for some 17,000 problems: each was repeated about 100 times by
+accident (github.com/BytedTsinghua-SIA/DAPO/issues/36, github.com/verl-project/verl/issues/3065). Without `deduplicate`
+one epoch is a hundred.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Value, load_dataset
+
+logger = logging.getLogger(__name__)
+
+# In the order in which they are looked for. `reward_model` is DAPO-Math-17k's {"style", "ground_truth"}.
+PROBLEM_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("reward_model", "answer", "solution")
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+BOXED_TEMPLATE = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
+
+
+# Named, or a numeric column `solution` of the source would turn the answers back into numbers.
+_FEATURES = Features({"prompt": [{"role": Value("string"), "content": Value("string")}], "solution": Value("string")})
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used, with the reason and the way out."""
+
+
+def local_path(name: str) -> Path | None:
+    """The file or directory that `name` means, or None for a dataset on the Hub.
+
+    Raises:
+        DatasetError: for a local path that does not exist, or a file of an unknown format.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix in FORMATS and path.is_file():
+        return path
+    if path.is_file():
+        raise DatasetError(f"{name} is not of a known format: use {', '.join(FORMATS)}, or a directory of them.")
+    if path.suffix in FORMATS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise DatasetError(
+            f"The data file {name} does not exist (looked from {Path.cwd()}). Check the path; a dataset of the Hub is "
+            "named owner/name, such as BytedTSinghua-SIA/DAPO-Math-17k."
+        )
+    return None
+
+
+def load_math_dataset(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    problem_column: str | None = None,
+    answer_column: str | None = None,
+    prompt_template: str = BOXED_TEMPLATE,
+    deduplicate: bool = False,
+) -> Dataset:
+    """Loads problems and their answers.
+
+    Known to work: DAPO-Math-17k (`prompt`: messages, `reward_model`: {ground_truth}, `data_source`, `ability`,
+    `extra_info`), and any JSON, JSON Lines or Parquet file with a column `prompt`, `problem` or `question` and a
+    column `reward_model`, `answer` or `solution`.
+
+    Args:
+        name: a Hub dataset, a local file, or a directory of such files.
+        config: configuration of a Hub dataset.
+        split: split to load. A local file has one split, `train`.
+        problem_column: column of the problem; None: the first of `prompt`, `problem`, `question` that is there.
+        answer_column: column of the answer; None: the first of `reward_model`, `answer`, `solution` that is there.
+        prompt_template: makes the user message of a problem given as text, at `{problem}`. Message lists stay as they
+            are: they bring their instructions.
+        deduplicate: keep the first row of each problem, which DAPO-Math-17k needs (see this module).
+
+    Returns:
+        A dataset with the columns `prompt`, a list of messages, and `solution`, a string.
+
+    Raises:
+        DatasetError: for a missing file, column or answer, with the way out.
+    """
+    dataset = _load(name, config, split)
+    problem = _column(dataset, name, problem_column, PROBLEM_COLUMNS, "problem")
+    answer = _column(dataset, name, answer_column, ANSWER_COLUMNS, "answer")
+    if deduplicate:
+        dataset = dataset.select(_first_of_each(dataset, problem, answer))
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"row {index} of {name}"
+        return {
+            "prompt": _messages(row[problem], prompt_template, where),
+            "solution": _answer(row[answer], where),
+        }
+
+    return dataset.map(
+        convert,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=_FEATURES,
+        desc="Formatting problems",
+    )
+
+
+def _load(name: str, config: str | None, split: str) -> Dataset:
+    path = local_path(name)
+    try:
+        if path is None or path.is_dir():
+            dataset = load_dataset(name if path is None else str(path), config, split=split)
+        else:
+            dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
+    except Exception as error:  # `datasets` raises many kinds: no network, no such dataset, broken file, no such split
+        raise DatasetError(
+            f"Could not load split {split!r} of {name}: {type(error).__name__}: {error}. Check name, split and "
+            "network, or give the path of a local .jsonl or .parquet file."
+        ) from error
+    if len(dataset) == 0:
+        raise DatasetError(f"{name} is empty: there is nothing to train on. Check the file and the split {split!r}.")
+    return dataset
+
+
+def _column(dataset: Dataset, name: str, given: str | None, known: tuple[str, ...], what: str) -> str:
+    wanted = (given,) if given else known
+    for column in wanted:
+        if column in dataset.column_names:
+            return column
+    raise DatasetError(
+        f"{name} has no {what} column: looked for {', '.join(wanted)}, found {', '.join(dataset.column_names)}. "
+        f"Rename the column, or name it with `{what}_column`."
+    )
+
+
+def _first_of_each(dataset: Dataset, problem: str, answer: str) -> list[int]:
+    """Indices of the first row of each problem; answers that differ among a problem's rows are warned about."""
+    first: dict[str, str] = {}
+    kept: list[int] = []
+    conflicts = set()
+    for start, batch in enumerate(dataset.select_columns([problem, answer]).iter(batch_size=10_000)):
+        for offset, (text, gold) in enumerate(zip(batch[problem], batch[answer], strict=True)):
+            key = str(text)
+            if key not in first:
+                first[key] = str(gold)
+                kept.append(start * 10_000 + offset)
+            elif first[key] != str(gold):
+                conflicts.add(key)
+    logger.info("Kept %d different problems of %d rows.", len(kept), len(dataset))
+    if conflicts:
+        logger.warning("%d problems have rows with different answers: the first one is used.", len(conflicts))
+    return kept
+
+
+def _messages(problem: Any, template: str, where: str) -> list[dict[str, str]]:
+    if isinstance(problem, str) and problem.strip():
+        return [{"role": "user", "content": template.replace("{problem}", problem)}]
+    if isinstance(problem, list) and problem and all(isinstance(m, dict) and "content" in m for m in problem):
+        return [{"role": m.get("role") or "user", "content": m["content"]} for m in problem]
+    raise DatasetError(
+        f"The problem in {where} is {problem!r}: it must be a text, or a list of messages with role and content."
+    )
+
+
+def _answer(answer: Any, where: str) -> str:
+    if isinstance(answer, dict):
+        answer = answer.get("ground_truth")
+    if answer is None or isinstance(answer, (dict, list)):
+        raise DatasetError(
+            f"The answer in {where} is {answer!r}: it must be a text or a number, or a dict with `ground_truth`. "
+            "Correct or remove the row, or choose another `answer_column`."
+        )
+    return str(answer)
