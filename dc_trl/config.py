@@ -178,6 +178,11 @@ class DCGRPOConfig(GRPOConfig):
                 "server's or engine's own start-up options (for example `--quantization fp8`). Leave it at None, or "
                 "use `rollout_backend='transformers'`."
             )
+        if self.loss_type == "vespo" and self.vllm_importance_sampling_mode.startswith("sequence"):
+            raise ValueError(
+                f"`vllm_importance_sampling_mode` is {self.vllm_importance_sampling_mode!r} with `loss_type='vespo'`, "
+                "which needs one ratio per token. Use 'token_truncate' or 'token_mask'."
+            )
         if self.weight_sync == "disk" and not (self.use_vllm and self.vllm_mode == "server"):
             raise ValueError(
                 "`weight_sync` is 'disk', which serves a vLLM server only. Set `use_vllm=True` and "

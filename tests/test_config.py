@@ -95,6 +95,12 @@ def test_two_engines_are_refused(tmp_path: Path) -> None:
         config(tmp_path, rollout_backend="transformers", use_vllm=True)
 
 
+def test_vespo_needs_token_ratios(tmp_path: Path) -> None:
+    options = {"loss_type": "vespo", "constraint": "none", "rollout_backend": "transformers"}
+    with pytest.raises(ValueError, match="vllm_importance_sampling_mode.*token_mask"):
+        config(tmp_path, vllm_importance_sampling_mode="sequence_mask", **options)
+
+
 def test_rloo_needs_one_unscaled_reward(tmp_path: Path) -> None:
     assert config(tmp_path, advantage_estimator="rloo").scale_rewards == "none"
     with pytest.raises(ValueError, match="scale_rewards"):

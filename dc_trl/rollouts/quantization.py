@@ -165,8 +165,11 @@ class PolicyCopy:
         check_precision(precision)
         self.precision = precision
         self.device = device
-        self.dtype = compute_dtype(precision, live.dtype, device)
+        trained = _trained_dtype(live)
+        self.dtype = compute_dtype(precision, trained, device)
         self.model = _build_like(live, self.dtype, device)
+        if live.get_output_embeddings().weight.dtype == torch.float32 != trained and self.dtype != torch.float32:
+            _keep_head_in_float32(self.model)
         self._names = {name for name, _ in self.model.named_parameters()}
         self._quantized: set[str] = set()
         self._real: set[str] = set()
@@ -219,6 +222,8 @@ def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     """An uninitialised model of the class and configuration of `live`."""
     config = copy.deepcopy(live.config)
     config._attn_implementation = live.config._attn_implementation
+    if hasattr(text_config := config.get_text_config(), "output_router_logits"):
+        text_config.output_router_logits = False  # its load-balancing loss does not understand a KV cache
     if _is_adapted(live.get_input_embeddings()) or _is_adapted(live.get_output_embeddings()):
         # An adapter on one of two tied matrices unties them: each needs room of its own.
         config.tie_word_embeddings = False
@@ -233,6 +238,22 @@ def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device)
         torch.set_default_dtype(default)
     model.tie_weights()
     return model.to(device).eval().requires_grad_(False)
+
+
+def _trained_dtype(live: PreTrainedModel) -> torch.dtype:
+    """The dtype of the layers. `live.dtype` is the embedding's, which `cast_lm_head_to_fp32` changes if it is tied."""
+    ends = (live.get_input_embeddings(), live.get_output_embeddings())
+    apart = {id(p) for module in ends if module is not None for p in module.parameters()}
+    layers = (p.dtype for p in live.parameters() if p.is_floating_point() and id(p) not in apart)
+    return next(layers, live.dtype)
+
+
+def _keep_head_in_float32(model: PreTrainedModel) -> None:
+    """Does to the copy what TRL's `cast_lm_head_to_fp32` does to the live model; embeddings keep their output dtype."""
+    dtype = _trained_dtype(model)
+    head = model.get_output_embeddings().float()
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
 def _is_adapted(module: nn.Module | None) -> bool:
