@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from runs import dc_trainer, logged
-from tiny import save_tiny_policy, tiny_model, tiny_tokenizer
+from tiny import OFF_TILE, save_tiny_policy, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import TrainerCallback
 from vllm_process import VLLMServer
@@ -35,7 +35,7 @@ BFLOAT16 = 0.5
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     directory = tmp_path_factory.mktemp("server")
-    server = VLLMServer(save_tiny_policy(directory / "policy"), directory / "server.log")
+    server = VLLMServer(save_tiny_policy(directory / "policy", tiny_model(**OFF_TILE)), directory / "server.log")
     try:
         yield server.start("--dtype", "float32", "--block-size", "32")
     finally:
@@ -59,7 +59,7 @@ def engine(server: VLLMServer, model: nn.Module, sync_dir: Path, timeout: float 
 
 def perturbed(seed: int, scale: float = 0.05) -> Any:
     """The served model after what a few large optimizer steps might do to it."""
-    model = tiny_model()
+    model = tiny_model(**OFF_TILE)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -139,7 +139,7 @@ class KillServer(TrainerCallback):
 def test_a_run_survives_its_server(server: VLLMServer, tmp_path: Path) -> None:
     options = {"use_vllm": True, "vllm_mode": "server", "weight_sync": "disk", "vllm_server_base_url": server.url}
     options |= {"vllm_server_timeout": 5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    trainer = dc_trainer(tmp_path, callbacks=[KillServer(server, step=3)], **options)
+    trainer = dc_trainer(tmp_path, model=tiny_model(**OFF_TILE), callbacks=[KillServer(server, step=3)], **options)
     with pytest.raises(ConnectionError, match=f"{server.url}.*resume_from_checkpoint"):
         trainer.train()
     assert trainer.state.global_step == 3
@@ -153,7 +153,7 @@ def test_a_run_survives_its_server(server: VLLMServer, tmp_path: Path) -> None:
         dc_trainer(tmp_path, **options)
 
     server.start()  # from its own old checkpoint, and now in bfloat16, as its config.json says
-    resumed = dc_trainer(tmp_path, **options)
+    resumed = dc_trainer(tmp_path, model=tiny_model(**OFF_TILE), **options)
     assert gap(resumed.vllm_generation, trainer.model) > BFLOAT16
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4

@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ +-*/=.,:;?!()[]{}<>'\"_%&#@$\n"
+# For bfloat16 on vLLM's CPUs: on virtual machines that report AMX without granting it, the kernels that vLLM 0.31
+# picks for shapes in whole tiles can end its worker with an illegal instruction. Nothing here is a multiple of 32.
+OFF_TILE = {"hidden_size": 72, "intermediate_size": 136, "head_dim": 48}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 

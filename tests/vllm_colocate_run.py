@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from runs import PROMPTS, dc_trainer, logged, weights
-from tiny import save_tiny_policy
+from tiny import OFF_TILE, save_tiny_policy, tiny_model
 
 
 def probe(trainer: Any) -> float:
@@ -18,7 +18,7 @@ def probe(trainer: Any) -> float:
 
 def main(directory: Path) -> None:
     """Trains, then moves the policy behind the engine's back, then synchronises it."""
-    policy = str(save_tiny_policy(directory / "policy"))
+    policy = str(save_tiny_policy(directory / "policy", tiny_model(**OFF_TILE)))
     options: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64, "max_steps": 5}
     options |= {"tolerance_calibration_batches": 2, "eval_dataset": PROMPTS.select(range(8))}
     trainer = dc_trainer(directory / "run", model=policy, **options)
