@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from dc_trl.advantage import CONSTRAINTS, DISCREPANCY_LEVELS
 from dc_trl.discrepancy import DISCREPANCY_METRICS
+from dc_trl.length_decay import check_factor, check_min_ratio, check_period
 
 ROLLOUT_PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4", "int3")
 
@@ -134,6 +135,7 @@ class DCGRPOConfig(GRPOConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, which is unknown: use one of {allowed}.")
         self._check_numbers()
+        self._check_length_decay()
         self._check_rollouts()
         if self.advantage_estimator == "rloo":
             self._set_up_rloo()
@@ -157,6 +159,16 @@ class DCGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`tolerance_calibration_batches` is {self.tolerance_calibration_batches}: calibration needs at least "
                 "one batch. Use 1 or more, or set `discrepancy_tolerance`."
+            )
+
+    def _check_length_decay(self) -> None:
+        if self.length_decay_period is not None:
+            check_period(self.length_decay_period, "length_decay_period")
+        check_factor(self.length_decay_factor, "length_decay_factor")
+        check_min_ratio(self.length_decay_min_lr_ratio, "length_decay_min_lr_ratio")
+        if not (math.isfinite(self.length_surge_ratio) and self.length_surge_ratio > 1):
+            raise ValueError(
+                f"`length_surge_ratio` is {self.length_surge_ratio}: a surge is growth, so it exceeds 1. Use e.g. 3."
             )
 
     def _check_rollouts(self) -> None:

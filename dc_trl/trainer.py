@@ -249,7 +249,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             smoothed = self._instruments.smooth_grad_norm(float(logs["grad_norm"]))
             if smoothed is not None:
                 logs["dc/grad_norm_smoothed"] = smoothed
-        if self.model.training and self._length_decay is not None:
+        if self.model.training and "loss" in logs and self._length_decay is not None:
             logs |= self._length_decay.metrics()
         super().log(logs, start_time)
 

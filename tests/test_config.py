@@ -38,6 +38,10 @@ OURS = [
     ("dual_lr", math.nan, "≥ 0"),
     ("dual_lr", -1.0, "≥ 0"),
     ("weight_sync", "disk", "use_vllm=True"),
+    ("length_decay_period", 0, "1 or more"),
+    ("length_decay_factor", -1.8, "1.8"),
+    ("length_decay_min_lr_ratio", 0.0, "0.1"),
+    ("length_surge_ratio", 1.0, "e.g. 3"),
     ("rollout_precision", "fp8", "rollout_backend='transformers'"),
 ]
 

@@ -15,7 +15,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dc_trl.callbacks import LENGTH_KEY, LengthDecayCallback
 from dc_trl.length_decay import length_decay_scale
@@ -353,8 +353,14 @@ class Recorder(TrainerCallback):
         self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
 
 
-def grpo(directory: Path, callbacks: list[TrainerCallback], **overrides: Any) -> GRPOTrainer:
-    args = GRPOConfig(
+def build(
+    directory: Path,
+    callbacks: list[TrainerCallback],
+    kinds: tuple[Any, Any] = (GRPOTrainer, GRPOConfig),
+    **overrides: Any,
+) -> Any:
+    trainer, config = kinds
+    args = config(
         output_dir=str(directory),
         max_steps=8,
         save_steps=4,
@@ -371,7 +377,7 @@ def grpo(directory: Path, callbacks: list[TrainerCallback], **overrides: Any) ->
         seed=3,
         **overrides,
     )
-    return GRPOTrainer(
+    return trainer(
         model=tiny_model(),
         processing_class=tiny_tokenizer(),
         args=args,
@@ -384,11 +390,11 @@ def grpo(directory: Path, callbacks: list[TrainerCallback], **overrides: Any) ->
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_real_grpo_trainer_decays_and_resumes(restore: bool, tmp_path: Path) -> None:
     base, whole, rest = Recorder(), Recorder(), Recorder()
-    grpo(tmp_path / "base", [base]).train()
-    first = grpo(tmp_path / "run", [LengthDecayCallback(period=3), whole])
+    build(tmp_path / "base", [base]).train()
+    first = build(tmp_path / "run", [LengthDecayCallback(period=3), whole])
     first.train()
     overrides = {"restore_callback_states_from_checkpoint": restore}
-    second = grpo(tmp_path / "run", [LengthDecayCallback(period=3), rest], **overrides)
+    second = build(tmp_path / "run", [LengthDecayCallback(period=3), rest], **overrides)
     second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 
     assert len(base.rates) == len(whole.rates) == 8
@@ -401,3 +407,14 @@ def test_a_real_grpo_trainer_decays_and_resumes(restore: bool, tmp_path: Path) -
     logged = [entry for entry in second.state.log_history if "loss" in entry]
     assert [entry["learning_rate"] for entry in logged] == whole.rates
     assert [entry["length_decay/lr_scale"] for entry in logged] == [1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+
+
+def test_a_real_rloo_trainer_decays_and_is_observed(tmp_path: Path) -> None:
+    recorder, callback = Recorder(), LengthDecayCallback(period=3)
+    trainer = build(tmp_path, [callback, recorder], (RLOOTrainer, RLOOConfig), save_strategy="no", beta=0.0)
+    trainer.train()
+    base = Recorder()
+    build(tmp_path, [base], (RLOOTrainer, RLOOConfig), save_strategy="no", beta=0.0).train()
+    expected = [rate * length_decay_scale(update, 3) for update, rate in enumerate(base.rates, 1)]
+    assert recorder.rates == pytest.approx(expected, rel=1e-9)
+    assert len(callback.detector.state_dict()["steps"]) == 8  # its lengths were read from the log

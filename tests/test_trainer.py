@@ -108,15 +108,18 @@ def test_calibration_then_constraint(tmp_path: Path) -> None:
 
 def test_resume_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "tolerance_calibration_batches": 2}
-    whole = dc_trainer(tmp_path / "run", dual_lr=5.0, **options)
+    options |= {"dual_lr": 5.0, "length_decay": True, "length_decay_period": 2, "lr_scheduler_type": "cosine"}
+    whole = dc_trainer(tmp_path / "run", **options)
     whole.train()
     state = json.loads((tmp_path / "run/checkpoint-3/dc_grpo_state.json").read_text())
     assert state["tolerance"]["count"] == 2
-    resumed = dc_trainer(tmp_path / "run", dual_lr=5.0, **options)
+    resumed = dc_trainer(tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert resumed.dual.value == whole.dual.value
     assert resumed.discrepancy_tolerance == whole.discrepancy_tolerance
-    assert logged(resumed, "dc/multiplier") == logged(whole, "dc/multiplier")
+    for key in ("dc/multiplier", "learning_rate", "length_decay/lr_scale", "dc/grad_norm_smoothed"):
+        assert logged(resumed, key) == logged(whole, key)
+    assert logged(whole, "length_decay/lr_scale") == [1.0, 0.5, 0.5, 0.25, 0.25, 0.125]
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 

@@ -249,7 +249,7 @@ def _trained_dtype(live: PreTrainedModel) -> torch.dtype:
 
 
 def _keep_head_in_float32(model: PreTrainedModel) -> None:
-    """Does to the copy what TRL's `cast_lm_head_to_fp32` does to the live model; embeddings keep their output dtype."""
+    """Does to the copy what TRL's `cast_lm_head_to_fp32` does; embeddings keep their output dtype."""
     dtype = _trained_dtype(model)
     head = model.get_output_embeddings().float()
     head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
