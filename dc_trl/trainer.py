@@ -110,7 +110,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
             self._last_loaded_step = -1
         if self.use_vllm:
-            self.vllm_generation = build_engine(self)
+            self.vllm_generation = build_engine(self, args)
         if args.length_decay:
             names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
             self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))

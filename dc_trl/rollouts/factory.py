@@ -2,12 +2,11 @@
 """Which engine samples, whether it gives log-probs, and the engines that TRL does not build itself."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from trl import GRPOTrainer
 
 from dc_trl.config import DCGRPOConfig
-
-if TYPE_CHECKING:
-    from dc_trl.trainer import DCGRPOTrainer
 
 
 def needs_own_engine(args: DCGRPOConfig) -> bool:
@@ -38,9 +37,8 @@ def check_log_prob_source(args: DCGRPOConfig, rollout_func: Callable[..., Any] |
         check_logprobs_mode(url, args.vllm_server_timeout)
 
 
-def build_engine(trainer: "DCGRPOTrainer") -> Any:
+def build_engine(trainer: GRPOTrainer, args: DCGRPOConfig) -> Any:
     """The engine for `trainer.vllm_generation`: one of this package's, or TRL's, adapted where it needs to be."""
-    args = trainer.args
     if not needs_own_engine(args):
         from dc_trl.rollouts.vllm_colocate import prepare_colocated_engine
 
@@ -49,8 +47,9 @@ def build_engine(trainer: "DCGRPOTrainer") -> Any:
     if args.rollout_backend == "transformers":
         from dc_trl.rollouts.transformers import TransformersGeneration
 
+        policy: Any = trainer.model
         return TransformersGeneration(
-            trainer.model,
+            policy,
             trainer.accelerator,
             trainer.processing_class,
             precision=args.rollout_precision,
