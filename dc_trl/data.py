@@ -91,18 +91,10 @@ def load_math_dataset(
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         where = f"row {index} of {name}"
-        return {
-            "prompt": _messages(row[problem], prompt_template, where),
-            "solution": _answer(row[answer], where),
-        }
+        return {"prompt": _messages(row[problem], prompt_template, where), "solution": _answer(row[answer], where)}
 
-    return dataset.map(
-        convert,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=_FEATURES,
-        desc="Formatting problems",
-    )
+    columns = dataset.column_names
+    return dataset.map(convert, with_indices=True, remove_columns=columns, features=_FEATURES, desc="Formatting")
 
 
 def _load(name: str, config: str | None, split: str) -> Dataset:

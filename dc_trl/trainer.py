@@ -199,6 +199,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     # Iterations and logs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trains on one micro-batch as TRL does; at the end of an iteration, logs and steps the dual variable."""
         loss = super().training_step(*args, **kwargs)
         generate_every = (self.args.steps_per_generation or 1) * self.num_iterations
         if self.args.gradient_accumulation_steps > generate_every:

@@ -91,7 +91,8 @@ def test_trl_fields_that_break_the_constraint(tmp_path: Path, options: dict[str,
     ids=str,
 )
 def test_sound_combinations_pass(tmp_path: Path, options: dict[str, Any]) -> None:
-    config(tmp_path, **options)
+    made = config(tmp_path, **options)
+    assert all(getattr(made, name) == value for name, value in options.items())
 
 
 def test_two_engines_are_refused(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_defaults_are_those_of_the_config() -> None:
 def test_python_blocks_parse(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         # `...` stands for the reader's own arguments; before keywords it is a positional one, so the block parses.
-        ast.parse(block)
+        assert ast.parse(block).body
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

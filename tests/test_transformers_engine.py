@@ -312,7 +312,8 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
 
 def test_neutral_options_are_accepted() -> None:
     neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    build_engine(build_model("qwen3"), generation_kwargs=neutral)
+    engine = build_engine(build_model("qwen3"), generation_kwargs=neutral)
+    assert len(engine.generate([[5, 6]], None, 1)[1]) == 1
 
 
 def test_images_and_empty_prompts_are_refused() -> None:
