@@ -59,6 +59,8 @@ class DCGRPOConfig(GRPOConfig):
         ValueError: for values or combinations that cannot work, naming field, value, reason and remedy.
     """
 
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["vllm_engine_kwargs"]
+
     lr_scheduler_type: str = _option("constant", "Base learning-rate schedule; length-decay multiplies it.")
     vllm_importance_sampling_mode: str = _option(
         "token_truncate", "Importance-sampling correction, from whichever engine the sampling log-probs come."
@@ -117,6 +119,11 @@ class DCGRPOConfig(GRPOConfig):
     )
     rollout_precision: str | None = _option(
         None, "Precision of the sampling copy; None: as trained.", choices=[None, *ROLLOUT_PRECISIONS]
+    )
+    vllm_engine_kwargs: dict | str | None = _option(
+        None,
+        "Arguments of the colocated `vllm.LLM` on top of TRL's, such as {'quantization': 'fp8'} or {'kv_cache_dtype': "
+        "'fp8'}: train high, deploy low. A server takes them when it is started.",
     )
     weight_sync: str = _option(
         "nccl",
@@ -189,6 +196,16 @@ class DCGRPOConfig(GRPOConfig):
                 f"`rollout_precision` is {self.rollout_precision!r} with vLLM, which takes its precision from the "
                 "server's or engine's own start-up options (for example `--quantization fp8`). Leave it at None, or "
                 "use `rollout_backend='transformers'`."
+            )
+        if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):
+            raise ValueError(
+                f"`vllm_engine_kwargs` is {self.vllm_engine_kwargs}, which only a colocated engine can take. Set "
+                "`use_vllm=True` and `vllm_mode='colocate'`, or start the server with these options."
+            )
+        if "quantization" in (self.vllm_engine_kwargs or {}) and self.vllm_enable_sleep_mode:
+            raise ValueError(
+                "`vllm_enable_sleep_mode` is True with a quantised engine, whose weights TRL cannot restore after a "
+                "sleep. Set `vllm_enable_sleep_mode=False`, or leave `quantization` out of `vllm_engine_kwargs`."
             )
         if self.loss_type == "vespo" and self.vllm_importance_sampling_mode.startswith("sequence"):
             raise ValueError(

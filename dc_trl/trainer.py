@@ -31,7 +31,7 @@ from dc_trl.estimators import GroupEstimatorsTrainer
 from dc_trl.importance import importance_sampling_ratio
 from dc_trl.instruments import Instruments
 from dc_trl.model_card import constraint_section, with_section
-from dc_trl.rollouts.factory import build_engine, check_log_prob_source, needs_own_engine
+from dc_trl.rollouts import factory
 
 logger = logging.get_logger(__name__)
 
@@ -94,7 +94,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
                 f"`args` is a {type(args).__name__}: DCGRPOTrainer needs a DCGRPOConfig, which takes the same "
                 "parameters. Rename GRPOConfig to DCGRPOConfig."
             )
-        check_log_prob_source(args, kwargs.get("rollout_func"))
+        factory.check_log_prob_source(args, kwargs.get("rollout_func"))
         self.dual = DualVariable(args.multiplier_init, args.dual_lr, args.multiplier_max)
         self._constraint = DiscrepancyConstraint(
             args.constraint,
@@ -103,14 +103,15 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         )
         self._instruments = Instruments()
         self._said: set[str] = set()
-        with _attributes(args, use_vllm=args.use_vllm and not needs_own_engine(args)):
+        hidden = _attributes(args, use_vllm=args.use_vllm and not factory.needs_own_engine(args))
+        with hidden, factory.colocated_engine_arguments(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        if needs_own_engine(args):
+        if factory.needs_own_engine(args):
             self.use_vllm = True
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
             self._last_loaded_step = -1
         if self.use_vllm:
-            self.vllm_generation = build_engine(self, args)
+            self.vllm_generation = factory.build_engine(self, args)
         if args.length_decay:
             names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
             self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))

@@ -5,8 +5,8 @@ import logging
 import os
 import warnings
 
-# Without a GPU, torchao and vLLM report the CUDA libraries that they do not find.
-for name in ("torchao", "torch.utils._pytree"):
+# Without a GPU, torchao and vLLM report the CUDA libraries that they miss.
+for name in ("torchao", "torch.utils._pytree", "vllm"):
     logging.getLogger(name).setLevel(logging.ERROR)
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

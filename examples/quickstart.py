@@ -33,6 +33,7 @@ from demo_report import (
     table,
 )
 from demo_task import SumReward, build_policy, build_tokenizer, make_problems, warm_up
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -89,7 +90,8 @@ def main() -> None:
     problems = prompts_for(held_out, **style)
     before = evaluate(trainer, problems, args.seed)
     print(f"DC-GRPO: float32 trainer, {deployment(trainer)} rollouts, {before['accuracy']:.0%} of them right so far.")
-    trainer.train()
+    with logging_redirect_tqdm():
+        trainer.train()
     after = evaluate(trainer, problems, args.seed)
     log = trainer.state.log_history
     summary = summarise(args, trainer, before, after, log) | {"wall_seconds": round(time.perf_counter() - start, 1)}

@@ -38,6 +38,7 @@ OURS = [
     ("dual_lr", math.nan, "≥ 0"),
     ("dual_lr", -1.0, "≥ 0"),
     ("weight_sync", "disk", "use_vllm=True"),
+    ("vllm_engine_kwargs", {"quantization": "fp8"}, "vllm_mode='colocate'"),
     ("length_decay_period", 0, "1 or more"),
     ("length_decay_factor", -1.8, "1.8"),
     ("length_decay_min_lr_ratio", 0.0, "0.1"),
@@ -87,6 +88,7 @@ def test_trl_fields_that_break_the_constraint(tmp_path: Path, options: dict[str,
         {"multiplier_init": 1.0, "multiplier_max": 1.0},
         {"discrepancy_tolerance": 0.0},
         {"use_vllm": True, "vllm_mode": "server", "weight_sync": "disk"},
+        {"use_vllm": True, "vllm_mode": "colocate", "vllm_engine_kwargs": {"kv_cache_dtype": "fp8"}},
     ],
     ids=str,
 )
@@ -98,6 +100,13 @@ def test_sound_combinations_pass(tmp_path: Path, options: dict[str, Any]) -> Non
 def test_two_engines_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two engines.*use_vllm=False"):
         config(tmp_path, rollout_backend="transformers", use_vllm=True)
+
+
+def test_a_quantised_engine_does_not_sleep(tmp_path: Path) -> None:
+    options = {"use_vllm": True, "vllm_mode": "colocate", "vllm_engine_kwargs": '{"quantization": "fp8"}'}
+    assert config(tmp_path, **options).vllm_engine_kwargs == {"quantization": "fp8"}
+    with pytest.raises(ValueError, match="vllm_enable_sleep_mode"):
+        config(tmp_path, vllm_enable_sleep_mode=True, **options)
 
 
 def test_vespo_needs_token_ratios(tmp_path: Path) -> None:

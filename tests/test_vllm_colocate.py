@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.vllm,
@@ -17,16 +18,21 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def run(directory: Path, **engine: Any) -> dict[str, Any]:
+    """What vllm_colocate_run.py reports, with these arguments of the engine."""
     # A process of its own: vLLM initialises torch.distributed and does not give it back.
     script = Path(__file__).with_name("vllm_colocate_run.py")
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("colocate"))]
+    command = [sys.executable, str(script), str(directory), json.dumps(engine)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("colocate"))
 
 
 def test_training_moves_the_weights_and_the_engines_stay_together(result: dict[str, Any]) -> None:
@@ -49,3 +55,16 @@ def test_vllm_drives_calibration_and_multiplier(result: dict[str, Any]) -> None:
 def test_a_stale_engine_shows_in_the_discrepancy(result: dict[str, Any]) -> None:
     assert result["stale"] > 5 * result["synchronised"]
     assert result["resynchronised"] < 2 * result["synchronised"]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and not torch.cpu._is_avx512_supported(),
+    reason="vLLM has no FP8 KV cache on CPUs without AVX-512",
+)
+def test_arguments_of_the_engine_deploy_it_lower(tmp_path: Path) -> None:
+    deployed = run(tmp_path, kv_cache_dtype="fp8", dtype="float32", enforce_eager=True)
+    assert deployed["kv_cache"] == "fp8"
+    # float32 against float32 would be below 1e-5: what is left is the FP8 cache, and it stays.
+    assert all(1e-3 < mean < 0.03 for mean in deployed["dc/discrepancy/mean"])
+    assert deployed["stale"] > 2 * deployed["synchronised"]
+    assert deployed["resynchronised"] < 2 * deployed["synchronised"]

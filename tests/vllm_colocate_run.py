@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the tiny policy with real, colocated vLLM and prints what happened as JSON; run by test_vllm_colocate.py."""
+"""Trains the tiny policy with real, colocated vLLM and prints what happened as JSON; run by test_vllm_colocate.py.
+
+python tests/vllm_colocate_run.py DIRECTORY [vllm_engine_kwargs as JSON]
+"""
 
 import json
 import sys
@@ -16,15 +19,20 @@ def probe(trainer: Any) -> float:
     return trainer.evaluate()["eval_dc/discrepancy/mean"]
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, engine: dict[str, Any]) -> None:
     """Trains, then moves the policy behind the engine's back, then synchronises it."""
-    policy = str(save_tiny_policy(directory / "policy", tiny_model(**OFF_TILE)))
+    policy = str(save_tiny_policy(directory / "policy", tiny_model(**({} if engine else OFF_TILE))))
     options: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64, "max_steps": 5}
-    options |= {"tolerance_calibration_batches": 2, "eval_dataset": PROMPTS.select(range(8))}
+    options |= {
+        "vllm_engine_kwargs": engine,
+        "tolerance_calibration_batches": 2,
+        "eval_dataset": PROMPTS.select(range(8)),
+    }
     trainer = dc_trainer(directory / "run", model=policy, **options)
     before = weights(trainer)
     trainer.train()
     result: dict[str, Any] = {"moved": (weights(trainer) - before).abs().max().item()}
+    result["kv_cache"] = trainer.vllm_generation.llm.llm_engine.vllm_config.cache_config.cache_dtype
     for key in ("dc/discrepancy/mean", "dc/multiplier", "dc/tolerance", "dc/nan_fraction", "dc/chi2_token"):
         result[key] = logged(trainer, key)
     trainer._last_loaded_step = -1
@@ -39,4 +47,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), json.loads((sys.argv[2:] or ["{}"])[0]))

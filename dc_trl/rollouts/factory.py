@@ -2,6 +2,7 @@
 """Which engine samples, whether it gives log-probs, and the engines that TRL does not build itself."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from trl import GRPOTrainer
@@ -37,12 +38,21 @@ def check_log_prob_source(args: DCGRPOConfig, rollout_func: Callable[..., Any] |
         check_logprobs_mode(url, args.vllm_server_timeout)
 
 
+def colocated_engine_arguments(args: DCGRPOConfig) -> AbstractContextManager[None]:
+    """The context in which `GRPOTrainer` must build its engine, so that `vllm_engine_kwargs` reach it."""
+    if not args.vllm_engine_kwargs:
+        return nullcontext()
+    from dc_trl.rollouts.vllm_colocate import engine_arguments
+
+    return engine_arguments(dict(args.vllm_engine_kwargs))  # type: ignore[arg-type]
+
+
 def build_engine(trainer: GRPOTrainer, args: DCGRPOConfig) -> Any:
     """The engine for `trainer.vllm_generation`: one of this package's, or TRL's, adapted where it needs to be."""
     if not needs_own_engine(args):
         from dc_trl.rollouts.vllm_colocate import prepare_colocated_engine
 
-        prepare_colocated_engine(trainer.vllm_generation)
+        prepare_colocated_engine(trainer.vllm_generation, "quantization" in (args.vllm_engine_kwargs or {}))
         return trainer.vllm_generation
     if args.rollout_backend == "transformers":
         from dc_trl.rollouts.transformers import TransformersGeneration
