@@ -168,7 +168,7 @@ def own_peak() -> float:
 def parse() -> argparse.Namespace:
     """The command line; defaults suit two CPU cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"hidden": 256, "layers": 4, "vocab": 2048, "sequences": 32, "tokens": 96, "steps": 4, "rounds": 8}
+    sizes = {"hidden": 128, "layers": 4, "vocab": 1024, "sequences": 64, "tokens": 64, "steps": 4, "rounds": 8}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--bf16", action="store_true", help="weights in bfloat16")
