@@ -31,11 +31,13 @@ def constraint_section(
     """
     engine = "rollout_func or TRL's generation" if args.rollout_backend == "vllm" and not args.use_vllm else "vLLM"
     engine = "in-process transformers" if args.rollout_backend == "transformers" else engine
+    if args.vllm_engine_kwargs:
+        engine += f" with {args.vllm_engine_kwargs}"
     rows = {
         "constraint": args.constraint,
         "discrepancy metric, level, average": f"{args.discrepancy_metric}, {args.discrepancy_level}, "
         f"{args.discrepancy_average}",
-        "tolerance": _number(tolerance) + (" (given)" if args.discrepancy_tolerance is not None else " (calibrated)"),
+        "tolerance": _tolerance(args, tolerance),
         "multiplier: initial, now, maximum": f"{args.multiplier_init}, {_number(multiplier)}, {args.multiplier_max}",
         "dual learning rate": args.dual_lr,
         "rollout engine": f"{engine}, precision: {args.rollout_precision or 'as trained or as the engine loads it'}",
@@ -43,6 +45,7 @@ def constraint_section(
         if args.vllm_importance_sampling_correction
         else "none",
         "length-decay": args.length_decay,
+        "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
     }
     for key in ("dc/discrepancy/mean", "dc/discrepancy/p99", "dc/chi2_token", "dc/penalty_share", "entropy", "reward"):
         rows[f"last `{key}`"] = _number(next((e[key] for e in reversed(log_history) if key in e), None))
@@ -57,6 +60,12 @@ def with_section(card: str, section: str) -> str:
     if not found:
         return f"{card.rstrip()}\n\n{section}"
     return f"{head.rstrip()}\n\n{section}{marker}{tail.rstrip()}\n\nCite length-decay as:\n\n{LENGTH_DECAY_CITATION}"
+
+
+def _tolerance(args: DCGRPOConfig, tolerance: float | None) -> str:
+    if tolerance is None:
+        return "still being calibrated"
+    return f"{_number(tolerance)} ({'given' if args.discrepancy_tolerance is not None else 'calibrated'})"
 
 
 def _number(value: float | None) -> str:

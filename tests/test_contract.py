@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seams of TRL that the trainer hooks: they exist, with these parameters, and behave so."""
 
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ PARAMETERS = {
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "create_model_card": ["model_name", "dataset_name", "tags"],
+    "log": ["logs", "start_time"],
+    "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
 }
 
 
@@ -38,6 +41,14 @@ def test_generation_engine_methods() -> None:
     assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
     expected = ["self", "prompts", "images", "num_generations", "profiler"]
     assert list(inspect.signature(VLLMGeneration.generate).parameters) == expected
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_colocated_engine_is_built_by_a_name_that_can_be_replaced() -> None:
+    from trl.generation import vllm_generation
+
+    assert vllm_generation.LLM.__name__ == "LLM"
+    assert "self.llm = LLM(" in inspect.getsource(VLLMGeneration._init_vllm)
 
 
 def test_batch_keys_and_shapes(tmp_path: Path) -> None:

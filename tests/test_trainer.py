@@ -269,6 +269,9 @@ def test_the_model_card_says_what_was_constrained(tmp_path: Path) -> None:
     for expected in ("| tolerance | 0.0123 (given) |", f"{last:.4g}", "2606.08779", "2602.01826", "int4"):
         assert expected in card
     assert card.index("## Discrepancy constraint") < card.index("## Citations")
+    calibrating = dc_trainer(tmp_path, constraint="lagrangian")
+    calibrating.create_model_card(model_name="tiny")
+    assert "| tolerance | still being calibrated |" in (tmp_path / "README.md").read_text()
 
 
 def test_no_source_of_log_probs_is_refused_before_the_model_loads(tmp_path: Path) -> None:
