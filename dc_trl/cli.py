@@ -15,6 +15,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "train a policy: --config RECIPE.yaml [--accelerate_config NAME] [--dry_run]",
         "dc_trl.training:train_command",
     ),
+    "calibrate": (
+        "measure the discrepancy of a model and an engine before training, and recommend a tolerance",
+        "dc_trl.calibration:calibrate_command",
+    ),
+    "evaluate": (
+        "score a model on the papers' benchmarks, or on your own problems",
+        "dc_trl.evaluation:evaluate_command",
+    ),
+    "report": (
+        "write one HTML page about one or several runs, finished or going on",
+        "dc_trl.report:report_command",
+    ),
 }
 
 

@@ -125,6 +125,11 @@ class DCGRPOConfig(GRPOConfig):
         "Arguments of the colocated `vllm.LLM` on top of TRL's, such as {'quantization': 'fp8'} or {'kv_cache_dtype': "
         "'fp8'}: train high, deploy low. A server takes them when it is started.",
     )
+    log_tokens: bool = _option(
+        False,
+        "With each log entry, write log π, log μ, discrepancy and penalty of every token of the last generation batch "
+        "to `output_dir/tokens/`; `dc-trl report` shows them.",
+    )
     weight_sync: str = _option(
         "nccl",
         "How a vLLM server gets the weights: `nccl` (TRL's), or `disk`, through a checkpoint that it reloads.",

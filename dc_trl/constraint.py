@@ -73,6 +73,13 @@ class DiscrepancyConstraint:
         """Mean discrepancy − tolerance, positive where the constraint is violated; NaN while calibrating."""
         return math.nan if self.tolerance.value is None else mean_discrepancy - self.tolerance.value
 
+    def metrics(self, mean_discrepancy: float) -> dict[str, float]:
+        """What is logged of an iteration: `multiplier`, and `tolerance` and `violation` once they are known."""
+        known = {"multiplier": self.multiplier}
+        if self.tolerance.value is not None:
+            known |= {"tolerance": self.tolerance.value, "violation": self.violation(mean_discrepancy)}
+        return known
+
     def update(self, mean_discrepancy: float) -> list[tuple[str, str]]:
         """Ends an iteration, eq. 11: calibrates while the tolerance is unknown, then moves λ.
 

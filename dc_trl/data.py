@@ -157,9 +157,11 @@ def _messages(problem: Any, template: str, where: str) -> list[dict[str, str]]:
 def _answer(answer: Any, where: str) -> str:
     if isinstance(answer, dict):
         answer = answer.get("ground_truth")
+    if isinstance(answer, list) and answer and all(isinstance(part, str) for part in answer):
+        answer = ", ".join(answer)  # OlympiadBench lists the several answers of a problem
     if answer is None or isinstance(answer, (dict, list)):
         raise DatasetError(
-            f"The answer in {where} is {answer!r}: it must be a text or a number, or a dict with `ground_truth`. "
-            "Correct or remove the row, or choose another `answer_column`."
+            f"The answer in {where} is {answer!r}: it must be a text, a number, a list of texts, or a dict with "
+            "`ground_truth`. Correct or remove the row, or choose another `answer_column`."
         )
     return str(answer)

@@ -49,6 +49,16 @@ class GroupEstimatorsTrainer(GRPOTrainer):
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
 
+    @property
+    def _steps_per_rollout(self) -> int:
+        """Micro-batches that one generation batch serves, all updates on it included."""
+        return (self.args.steps_per_generation or 1) * self.num_iterations
+
+    @property
+    def _first_use(self) -> bool:
+        """Whether the micro-batch at hand has not been trained on yet."""
+        return self._step % self._steps_per_rollout < (self.args.steps_per_generation or 1)
+
     def _local(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
         """This process's rows, (B,), of values over all processes, (N,)."""
         size = batch["advantages"].size(0)

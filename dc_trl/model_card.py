@@ -1,9 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section that the trainer adds to TRL's model card: the constraint, and what it was measured to do."""
+"""What the trainer adds to TRL's model card: the constraint, what was measured, scores, and a picture of the run."""
 
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from transformers import SchedulerType
+
 from dc_trl.config import DCGRPOConfig
+from dc_trl.curves import DISCREPANCY, save_curves, series
+from dc_trl.evaluation.card import model_index_results
+from dc_trl.evaluation.results import read_results, score
+
+CARD = "README.md"
+CURVES = "curves.png"
 
 LENGTH_DECAY_CITATION = """\
 ```bibtex
@@ -17,22 +30,68 @@ LENGTH_DECAY_CITATION = """\
 ```
 """
 
+# The tail and the entropy stand beside the mean: a small mean |π − μ| alone does not prove that the engines agree.
+MEASURED = (
+    *(DISCREPANCY, "dc/discrepancy/p99", "dc/discrepancy/max", "dc/chi2_token", "dc/ess"),
+    *("dc/importance_ratio/min", "dc/importance_ratio/max", "dc/log_ppl_abs_diff", "dc/penalty_share"),
+    *("dc/multiplier", "entropy", "completions/mean_length", "reward"),
+)
 
-def constraint_section(
-    args: DCGRPOConfig, tolerance: float | None, multiplier: float, log_history: list[dict[str, Any]]
-) -> str:
-    """Markdown: the constraint's settings, the tolerance in use, and the last measured values.
+# What TRL's template says where the base model is not on the Hub, or nothing is pushed, and what is true then.
+_UNKNOWN = {
+    "fine-tuned version of [None](https://huggingface.co/None)": "fine-tuned version of a model not on the Hub",
+    'model="None"': 'model="path/to/this/folder"',
+}
+
+
+def complete(
+    folder: Path, args: DCGRPOConfig, tolerance: float | None, multiplier: float, log_history: Sequence[dict[str, Any]]
+) -> None:
+    """Completes the card that TRL has just written to `folder`, and draws `curves.png` beside it.
+
+    The section comes before the citations. Benchmark scores that `dc-trl evaluate` left in `folder/evaluation` go into
+    the section, and into `model-index` in the card's header, from which the Hub shows them.
 
     Args:
+        folder: the trainer's output_dir.
         args: the run's configuration.
         tolerance: in units of the discrepancy metric; None while calibrating.
         multiplier: λ now.
-        log_history: the trainer's, for the last value of each metric.
+        log_history: the Trainer's.
     """
-    engine = "rollout_func or TRL's generation" if args.rollout_backend == "vllm" and not args.use_vllm else "vLLM"
-    engine = "in-process transformers" if args.rollout_backend == "transformers" else engine
-    if args.vllm_engine_kwargs:
-        engine += f" with {args.vllm_engine_kwargs}"
+    card = ModelCard.load(folder / CARD)
+    results = read_results(folder)
+    parts = [_settings(args, tolerance, multiplier), _measurements(log_history)]
+    if save_curves(log_history, tolerance, folder / CURVES):
+        parts.append(f"![Curves]({CURVES})\n")
+    parts += [_evaluation(log_history), _benchmarks(results)]
+    text = card.text
+    for wrong, right in _UNKNOWN.items():
+        text = text.replace(wrong, right)
+    card.text = with_section(text, "\n".join(part for part in parts if part))
+    if entries := model_index_results(results):
+        card.data.eval_results = entries
+        card.data.model_name = card.data.get("model_name") or folder.resolve().name
+    card.save(folder / CARD)
+
+
+def copy_card(output_dir: Path, checkpoint: Path) -> None:
+    """Copies the card and its picture from `output_dir` into a checkpoint; what is not there is not copied."""
+    for name in (CARD, CURVES):
+        if (output_dir / name).is_file():
+            shutil.copyfile(output_dir / name, checkpoint / name)
+
+
+def with_section(card: str, section: str) -> str:
+    """The card's text with the section before its citations, and the second paper's citation at its end."""
+    marker = "\n## Citations"
+    head, found, tail = card.partition(marker)
+    citations = f"{marker}{tail.rstrip() if found else ''}\n\nCite length-decay as:\n\n{LENGTH_DECAY_CITATION}"
+    return f"{head.rstrip()}\n\n{section}{citations}"
+
+
+def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float) -> str:
+    corrected = args.vllm_importance_sampling_correction
     rows = {
         "constraint": args.constraint,
         "discrepancy metric, level, average": f"{args.discrepancy_metric}, {args.discrepancy_level}, "
@@ -40,33 +99,81 @@ def constraint_section(
         "tolerance": _tolerance(args, tolerance),
         "multiplier: initial, now, maximum": f"{args.multiplier_init}, {_number(multiplier)}, {args.multiplier_max}",
         "dual learning rate": args.dual_lr,
-        "rollout engine": f"{engine}, precision: {args.rollout_precision or 'as trained or as the engine loads it'}",
-        "importance sampling": args.vllm_importance_sampling_mode
-        if args.vllm_importance_sampling_correction
-        else "none",
+        "rollout engine": f"{_engine(args)}, precision: "
+        f"{args.rollout_precision or 'as trained or as the engine loads it'}",
+        "importance sampling": args.vllm_importance_sampling_mode if corrected else "none",
         "length-decay": args.length_decay,
         "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
+        "learning rate, schedule": f"{args.learning_rate}, {SchedulerType(args.lr_scheduler_type).value}",
     }
-    for key in ("dc/discrepancy/mean", "dc/discrepancy/p99", "dc/chi2_token", "dc/penalty_share", "entropy", "reward"):
-        rows[f"last `{key}`"] = _number(next((e[key] for e in reversed(log_history) if key in e), None))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"## Discrepancy constraint\n\n| setting or measurement | value |\n|---|---|\n{table}\n"
+    return f"## Discrepancy constraint\n\n{_table(('setting', 'value'), rows.items())}"
 
 
-def with_section(card: str, section: str) -> str:
-    """The card with the section before its citations, and the second paper's citation at its end."""
-    marker = "\n## Citations"
-    head, found, tail = card.partition(marker)
-    if not found:
-        return f"{card.rstrip()}\n\n{section}"
-    return f"{head.rstrip()}\n\n{section}{marker}{tail.rstrip()}\n\nCite length-decay as:\n\n{LENGTH_DECAY_CITATION}"
+def _measurements(log_history: Sequence[dict[str, Any]]) -> str:
+    """The final value of each of `MEASURED`: its mean over the last tenth of the log, and its last value."""
+    rows = []
+    for key in MEASURED:
+        values = series(log_history, key).values
+        tenth = values[-math.ceil(len(values) / 10) :]
+        if values:
+            rows.append((f"`{key}`", _number(sum(tenth) / len(tenth)), _number(values[-1])))
+        elif key == DISCREPANCY:
+            rows.append((f"`{key}`", "not measured", "not measured"))
+    step = f", step {log_history[-1]['step']}" if log_history else ""
+    return f"### Final values{step}\n\n{_table(('metric', 'mean of the last tenth of the log', 'last'), rows)}"
+
+
+def _evaluation(log_history: Sequence[dict[str, Any]]) -> str:
+    last: dict[str, Any] = next(
+        (entry for entry in reversed(log_history) if any(key.startswith("eval_") for key in entry)), {}
+    )
+    rewards = [key for key in last if key.startswith("eval_rewards/") and key.endswith("/mean")]
+    keys = [f"eval_{key}" for key in ("reward", "entropy", "completions/mean_length", DISCREPANCY)]
+    rows = [(f"`{key}`", _number(last[key])) for key in [*rewards, *keys] if last.get(key) is not None]
+    if not rows:
+        return ""
+    return f"### Evaluation during training, step {last['step']}\n\n{_table(('metric', 'value'), rows)}"
+
+
+def _benchmarks(results: Iterable[dict[str, Any]]) -> str:
+    rows = [
+        (
+            f"{result['title']}, {result['metric']}",
+            score(result["mean"], result["stderr"]),
+            f"first {result['problems']}" if result["limit"] else result["problems"],
+            f"{result['temperature']}, {result['top_p']}, {result['max_tokens']}",
+            f"{result['engine']}, {result['precision']}",
+            result["time"][:10],
+        )
+        for result in results
+    ]
+    titles = ("benchmark", "score, %", "problems", "temperature, top-p, max tokens", "engine, precision", "evaluated")
+    return f"### Benchmarks\n\n{_table(titles, rows)}" if rows else ""
+
+
+def _engine(args: DCGRPOConfig) -> str:
+    if args.rollout_backend == "transformers":
+        engine = "in-process transformers"
+    else:
+        engine = "vLLM" if args.use_vllm else "rollout_func or TRL's generation"
+    return f"{engine} with {args.vllm_engine_kwargs}" if args.vllm_engine_kwargs else engine
 
 
 def _tolerance(args: DCGRPOConfig, tolerance: float | None) -> str:
     if tolerance is None:
         return "still being calibrated"
-    return f"{_number(tolerance)} ({'given' if args.discrepancy_tolerance is not None else 'calibrated'})"
+    if args.discrepancy_tolerance is not None:
+        return f"{_number(tolerance)} (given)"
+    batches = args.tolerance_calibration_batches
+    floor = f"the mean of the first {batches} generation batches"
+    return f"{_number(tolerance)} (calibrated: {args.tolerance_slack} × {floor})"
 
 
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -244,6 +245,8 @@ def _boxed(gold: str) -> str:
 
 def _serve(timeout: float) -> None:
     """Answers one line of JSON, [gold, text], by one line, the verdict, until standard input ends."""
+    # Ctrl-C and a notebook's interrupt reach the whole process group: the parent decides, and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may pass for a verdict
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource

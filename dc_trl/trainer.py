@@ -3,18 +3,18 @@
 
 import json
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
+from dc_trl import model_card
 from dc_trl.advantage import discrepancy_penalty, penalised_advantages
+from dc_trl.attributes import temporary_attributes
 from dc_trl.callbacks import LengthDecayCallback
 from dc_trl.config import DCGRPOConfig
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
@@ -30,8 +30,9 @@ from dc_trl.dual import DualVariable
 from dc_trl.estimators import GroupEstimatorsTrainer
 from dc_trl.importance import importance_sampling_ratio
 from dc_trl.instruments import Instruments
-from dc_trl.model_card import constraint_section, with_section
 from dc_trl.rollouts import factory
+from dc_trl.run_log import RunLogCallback
+from dc_trl.token_log import TokenLog
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
       `importance_sampling_ratio` after that forward.
     - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends
     - `log`: metrics of length-decay and of the gradient norm
-    - `_save_checkpoint`, `_load_optimizer_and_scheduler`, `create_model_card`: state
+    - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`: state
     - `vllm_generation`: the slot of the rollout engine, `sync_weights()` and `generate()`
 
     An iteration of the dual is one generation batch, or one optimizer step where a step spans several; λ is constant
@@ -102,8 +103,9 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             DiscrepancyTolerance(args.discrepancy_tolerance, args.tolerance_slack, args.tolerance_calibration_batches),
         )
         self._instruments = Instruments()
+        self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
         self._said: set[str] = set()
-        hidden = _attributes(args, use_vllm=args.use_vllm and not factory.needs_own_engine(args))
+        hidden = temporary_attributes(args, use_vllm=args.use_vllm and not factory.needs_own_engine(args))
         with hidden, factory.colocated_engine_arguments(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if factory.needs_own_engine(args):
@@ -115,6 +117,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         if args.length_decay:
             names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
             self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))
+        self.add_callback(RunLogCallback())
 
     @property
     def _length_decay(self) -> LengthDecayCallback | None:
@@ -124,15 +127,19 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     @property
     def discrepancy_tolerance(self) -> float | None:
-        """Tolerance in use, in units of the discrepancy metric; None while it is being calibrated."""
+        """Tolerance in use, in units of the discrepancy metric; None while it is being calibrated. Can be set."""
         return self._constraint.tolerance.value
+
+    @discrepancy_tolerance.setter
+    def discrepancy_tolerance(self, value: float | None) -> None:
+        self._constraint.tolerance.given = value
 
     # Scoring
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL's correction costs a second forward here; the loss forward gives the same log-probs for nothing.
         correction = self.vllm_importance_sampling_correction and self.args.constraint == "none"
-        with _attributes(self, vllm_importance_sampling_correction=correction):
+        with temporary_attributes(self, vllm_importance_sampling_correction=correction):
             batch = super()._generate_and_score_completions(inputs)
         if self.args.constraint != "none" and "sampling_per_token_logps" not in batch:
             raise ValueError(
@@ -150,14 +157,11 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if "sampling_per_token_logps" not in inputs:
             return super()._compute_loss(model, inputs)
-        self._loss_inputs = dict(inputs)  # a copy: the generation batch may be used again
         # The correction applies to log-probs from any source, although TRL asks for vLLM's.
         correct = {} if self.args.constraint == "none" else {"use_vllm": True}
-        try:
-            with _attributes(self, **correct):
-                return super()._compute_loss(model, self._loss_inputs)
-        finally:
-            self._loss_inputs = None
+        # A copy: the generation batch may be used again.
+        with temporary_attributes(self, _loss_inputs=dict(inputs), **correct):
+            return super()._compute_loss(model, self._loss_inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -183,10 +187,12 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
                 clip_min=args.vllm_importance_sampling_clip_min,
                 clip_max=args.vllm_importance_sampling_clip_max,
             )
+        discrepancy = token_discrepancy(train_logps, sampling_logps, args.discrepancy_metric)
+        advantages = inputs["advantages"].reshape(len(valid), -1)
         if args.constraint != "none":
-            measured["advantages"] = inputs["advantages"].reshape(len(valid), -1)
+            measured["advantages"] = advantages
             measured["penalty"] = inputs.get("loss_weight", 1.0) * discrepancy_penalty(
-                *(token_discrepancy(train_logps, sampling_logps, args.discrepancy_metric), valid),
+                *(discrepancy, valid),
                 constraint=args.constraint,
                 multiplier=self.dual.value,
                 tolerance=self.discrepancy_tolerance,
@@ -196,17 +202,21 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             inputs["importance_sampling_ratio"] = measured.get("correction")
         mode = "train" if self.model.training else "eval"
         self._instruments.add(mode, summarise(train_logps, sampling_logps, **measured))
+        if self._token_log is not None and mode == "train" and self._first_use:
+            columns = {"train_logp": train_logps, "sampling_logp": sampling_logps, "discrepancy": discrepancy}
+            columns |= {"advantage": advantages, "valid": scored}
+            penalty = measured.get("penalty", torch.zeros_like(discrepancy))
+            self._token_log.add(inputs, penalty=penalty, **columns)
 
     # Iterations and logs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trains on one micro-batch as TRL does; at the end of an iteration, logs and steps the dual variable."""
         loss = super().training_step(*args, **kwargs)
-        generate_every = (self.args.steps_per_generation or 1) * self.num_iterations
-        if self.args.gradient_accumulation_steps > generate_every:
+        if self.args.gradient_accumulation_steps > self._steps_per_rollout:
             complete = self.accelerator.sync_gradients
         else:
-            complete = self._step % generate_every == 0
+            complete = self._step % self._steps_per_rollout == 0
         if complete:
             self._finish_iteration("train")
         return loss
@@ -224,15 +234,14 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             return
         mean = mean_discrepancy(summary, self.args.discrepancy_average).item()
         values = {f"dc/{key}": v.item() for key, v in metrics(summary, self.args.discrepancy_average).items()}
-        values["dc/multiplier"] = self._constraint.multiplier
-        if self.discrepancy_tolerance is not None:
-            values["dc/tolerance"] = self.discrepancy_tolerance
-            values["dc/violation"] = self._constraint.violation(mean)
+        values |= {f"dc/{key}": value for key, value in self._constraint.metrics(mean).items()}
         if self.args.constraint != "none" and self.vllm_importance_sampling_correction:
             values |= {f"sampling/{key}": v.item() for key, v in correction_metrics(summary).items()}
         for key, value in values.items():
             self._metrics[mode][key].append(value)
         if mode == "train":
+            if self._token_log is not None:
+                self._token_log.end_iteration()
             notices = self._constraint.update(mean)
             share = values["dc/penalty_share"]
             if share > NOTABLE_PENALTY_SHARE:
@@ -254,6 +263,9 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         if self.model.training and "loss" in logs and self._length_decay is not None:
             logs |= self._length_decay.metrics()
         super().log(logs, start_time)
+        if self._token_log is not None and self.model.training:
+            writer = self._tokenizer.decode if self.is_world_process_zero() else None
+            self._token_log.write(self.state.global_step, gather_object, writer)
 
     # State and card
 
@@ -261,16 +273,17 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir), "README.md")
             state = (self.discrepancy_tolerance, self.dual.value, self.state.log_history)
-            path.write_text(with_section(path.read_text("utf-8"), constraint_section(self.args, *state)), "utf-8")
+            model_card.complete(Path(str(self.args.output_dir)), self.args, *state)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves as TRL does; a checkpoint also gets λ, tolerance, calibration, and the card."""
+        super().save_model(output_dir, _internal_call)
+        # transformers pushes a checkpoint at the end of `_save_checkpoint`, so what it is to hold is written here.
+        if _internal_call and output_dir is not None and self.args.should_save:
             state = self._constraint.state_dict() | {"instruments": self._instruments.state_dict()}
-            (folder / STATE_FILE).write_text(json.dumps(state))
+            Path(output_dir, STATE_FILE).write_text(json.dumps(state))
+            model_card.copy_card(Path(str(self.args.output_dir)), Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -283,16 +296,3 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             self._instruments.load_state_dict(state["instruments"])
         else:
             self._say_once([("state", f"{checkpoint} has no {STATE_FILE}: multiplier and tolerance start anew.")])
-
-
-@contextmanager
-def _attributes(target: Any, **values: Any) -> Iterator[None]:
-    """Sets attributes of `target` for the duration of a block."""
-    before = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)

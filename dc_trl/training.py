@@ -55,14 +55,64 @@ class TrainArguments:
     gpu_memory_gib: float = _option(80.0, "Memory of one GPU for the dry run's estimate, GiB.")
 
 
-def make_parser() -> Any:
-    """The parser of `dc-trl train`: a `TrlParser` of `TrainArguments`, `DCGRPOConfig` and `ModelConfig`."""
+def make_parser(arguments: type[TrainArguments] = TrainArguments, command: str = "train") -> Any:
+    """The parser of a command that reads recipes: a `TrlParser` of `arguments`, `DCGRPOConfig` and `ModelConfig`."""
     from trl import ModelConfig, TrlParser
 
     from dc_trl.config import DCGRPOConfig
 
-    types: Any = (TrainArguments, DCGRPOConfig, ModelConfig)
-    return TrlParser(types, prog="dc-trl train")
+    types: Any = (arguments, DCGRPOConfig, ModelConfig)
+    return TrlParser(types, prog=f"dc-trl {command}")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The arguments of a command that reads recipes.
+
+    Attributes:
+        argv: as given, with `--config=PATH` in two parts.
+        options: the same with the recipe's, as plain values; what needs a device or the network is not checked yet.
+        launcher: those of them that only Accelerate's launcher may know.
+    """
+
+    argv: list[str]
+    options: argparse.Namespace
+    launcher: list[str]
+
+    @classmethod
+    def read(cls, argv: Sequence[str], parser: Any) -> "CommandLine":
+        """Reads and checks them; raises `UsageError` before any model or data loads."""
+        parts = [part for item in argv for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
+        rest = list(parts)
+        if "--config" in rest:
+            at = rest.index("--config")
+            if at + 1 == len(rest):
+                raise UsageError("--config needs the path of a YAML file.")
+            _set_defaults(parser, rest[at + 1])
+            del rest[at : at + 2]
+        options, launcher = parser.parse_known_args(rest)
+        if launcher and not options.accelerate_config:
+            raise UsageError(f"unknown option {launcher[0]}{_suggestion(launcher[0].lstrip('-'), parser)}")
+        _check(options)
+        return cls(parts, options, launcher)
+
+    @property
+    def arguments(self) -> list[str]:
+        """`argv` without the launcher's."""
+        return _without(self.argv, self.launcher)
+
+    @property
+    def must_launch(self) -> bool:
+        """Whether Accelerate is asked for and has not started this process."""
+        return bool(self.options.accelerate_config) and not any(name in os.environ for name in _LAUNCHED)
+
+    def launch(self, command: str) -> None:
+        """Runs `accelerate launch --config_file … -m dc_trl COMMAND …`, and returns when it has ended."""
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        config = str(find_accelerate_config(self.options.accelerate_config))
+        flags = ["--config_file", config, *self.launcher, "--module", "dc_trl", command, *self.arguments]
+        launch_command(launch_command_parser().parse_args(flags))
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -71,44 +121,27 @@ def train_command(argv: Sequence[str]) -> int:
     Raises:
         UsageError: for unknown options, and for files that do not exist, before any model or data loads.
     """
-    argv = [part for item in argv for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
-    options, launcher = _preview(argv)
-    if options.accelerate_config and not options.dry_run and not any(name in os.environ for name in _LAUNCHED):
-        _launch(options.accelerate_config, argv, launcher)
+    import torch
+
+    line = CommandLine.read(argv, make_parser())
+    if line.must_launch and not line.options.dry_run:
+        line.launch("train")
         return 0
-    arguments = _without(argv, launcher)
-    if options.dry_run and not _has_accelerator():
+    arguments = line.arguments
+    if line.options.dry_run and not torch.accelerator.is_available():
         arguments += ["--use_cpu", "true"]  # or transformers refuses bf16, which the plan is to say
     try:
         script, training, model = make_parser().parse_args_and_config(arguments)
         if script.dry_run:
-            _print_plan(script, training, model, options, launcher)
+            _print_plan(script, training, model, line)
             return 0
         rewards = load_rewards(script.reward_funcs, script.reward_timeout, script.reward_workers)
         with training.main_process_first(desc="loading the data"):
-            data, eval_data = _datasets(script, training)
+            data, eval_data = load_data(script, training.eval_strategy != "no")
     except (ValueError, ImportError, OSError) as error:  # wrong values, missing packages, files that do not load
         raise UsageError(str(error)) from error
     train(training, model, rewards, data, eval_data)
     return 0
-
-
-def _preview(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options as plain values, checked as far as that needs neither a device nor the network, and those that
-    only Accelerate's launcher may know."""
-    parser = make_parser()
-    rest = list(argv)
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise UsageError("--config needs the path of a YAML file.")
-        _set_defaults(parser, rest[at + 1])
-        del rest[at : at + 2]
-    options, launcher = parser.parse_known_args(rest)
-    if launcher and not options.accelerate_config:
-        raise UsageError(f"unknown option {launcher[0]}{_suggestion(launcher[0].lstrip('-'), parser)}")
-    _check(options)
-    return options, launcher
 
 
 def _set_defaults(parser: Any, path: str) -> None:
@@ -135,7 +168,7 @@ def _names(parser: Any) -> list[str]:
 
 def _suggestion(name: str, parser: Any) -> str:
     close = difflib.get_close_matches(name, _names(parser), n=1)
-    return f". Did you mean {close[0]}?" if close else ". See dc-trl train --help."
+    return f". Did you mean {close[0]}?" if close else f". See {parser.prog} --help."
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -172,14 +205,6 @@ def find_accelerate_config(name: str) -> Path:
     raise UsageError(f"accelerate_config {name} is neither a file nor one of {', '.join(names)}.")
 
 
-def _launch(name: str, argv: list[str], launcher: list[str]) -> None:
-    """Runs `accelerate launch --config_file … -m dc_trl train …`, and returns when it has ended."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    command = ["--config_file", str(find_accelerate_config(name)), *launcher, "--module", "dc_trl", "train"]
-    launch_command(launch_command_parser().parse_args([*command, *_without(argv, launcher)]))
-
-
 def _without(items: list[str], removed: list[str]) -> list[str]:
     """`items` less the subsequence `removed`."""
     left = iter([*removed, None])
@@ -193,16 +218,14 @@ def _without(items: list[str], removed: list[str]) -> list[str]:
     return kept
 
 
-def _has_accelerator() -> bool:
-    import torch
+def load_data(script: TrainArguments, evaluation: bool = False) -> tuple[Any, Any]:
+    """The problems to train on, and those to evaluate on or None.
 
-    return torch.accelerator.is_available()
-
-
-def _datasets(script: TrainArguments, training: Any) -> tuple[Any, Any]:
-    """The problems to train on, and those to evaluate on or None."""
+    Raises:
+        DatasetError: for data that cannot be loaded or used.
+    """
     wanted = [(script.dataset_name, script.dataset_config, script.dataset_train_split)]
-    if training.eval_strategy != "no":
+    if evaluation:
         wanted.append((script.eval_dataset_name, None, script.dataset_test_split))
     loaded = [
         load_math_dataset(
@@ -219,36 +242,58 @@ def _datasets(script: TrainArguments, training: Any) -> tuple[Any, Any]:
     return loaded[0], loaded[1] if len(loaded) > 1 else None
 
 
-def _print_plan(
-    script: TrainArguments, training: Any, model: Any, options: argparse.Namespace, launcher: list[str]
-) -> None:
+def _print_plan(script: TrainArguments, training: Any, model: Any, line: CommandLine) -> None:
     if script.accelerate_config:
         asked = argparse.ArgumentParser()
         asked.add_argument("--num_processes", type=int)
         config = read_accelerate_config(find_accelerate_config(script.accelerate_config))
-        launch = Launch.from_accelerate(config, asked.parse_known_args(launcher)[0].num_processes)
+        launch = Launch.from_accelerate(config, asked.parse_known_args(line.launcher)[0].num_processes)
     else:
         launch = Launch.from_environment()
     if int(os.environ.get("RANK", "0")) == 0:
-        plan = BatchPlan.from_args(training, launch.processes, options.generation_batch_size)
-        dataset, _ = _datasets(script, training)
-        gpu_gib = 0.0 if options.use_cpu else script.gpu_memory_gib
+        plan = BatchPlan.from_args(training, launch.processes, line.options.generation_batch_size)
+        dataset, _ = load_data(script)
+        gpu_gib = 0.0 if line.options.use_cpu else script.gpu_memory_gib
         print(describe_run(training, model, dataset, plan, launch, gpu_gib))
 
 
 def train(training: Any, model: Any, rewards: list[Any], data: Any, eval_data: Any = None) -> Any:
-    """Trains, saves the model to `output_dir`, and returns the trainer.
+    """Trains, saves the model to `output_dir`, and returns the trainer. Arguments as for `build_trainer`.
+
+    Raises:
+        UsageError: the Hub refused the push; the model is on disk.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from dc_trl.trainer import DCGRPOTrainer
+
+    trainer = build_trainer(DCGRPOTrainer, training, model, rewards, data, eval_data)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.create_model_card(model_name=(training.hub_model_id or Path(training.output_dir).name).split("/")[-1])
+    if not training.push_to_hub:
+        trainer.save_model(training.output_dir)
+        return trainer
+    try:
+        trainer.push_to_hub()  # saves first
+    except HfHubHTTPError as error:
+        raise UsageError(
+            f"the push to the Hub failed: {error}\nThe model is in {training.output_dir}. With a token that may write, "
+            f"send it by: hf upload {trainer.hub_model_id} {training.output_dir} --exclude 'checkpoint-*'"
+        ) from error
+    return trainer
+
+
+def build_trainer(kind: Any, training: Any, model: Any, rewards: list[Any], data: Any, eval_data: Any = None) -> Any:
+    """A trainer, with the model that the options describe.
 
     Args:
+        kind: `DCGRPOTrainer` or a subclass.
         training: a `DCGRPOConfig`.
         model: TRL's `ModelConfig`.
         rewards: reward functions.
-        data: problems, as `load_math_dataset` returns them.
-        eval_data: likewise, to evaluate on.
+        data, eval_data: problems to train and to evaluate on, as `load_math_dataset` returns them.
     """
     from trl import get_peft_config, get_quantization_config
-
-    from dc_trl.trainer import DCGRPOTrainer
 
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -257,7 +302,7 @@ def train(training: Any, model: Any, rewards: list[Any], data: Any, eval_data: A
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    trainer = DCGRPOTrainer(
+    return kind(
         model.model_name_or_path,
         rewards,
         training,
@@ -266,8 +311,3 @@ def train(training: Any, model: Any, rewards: list[Any], data: Any, eval_data: A
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    if training.push_to_hub:
-        trainer.push_to_hub()
-    return trainer

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
@@ -71,7 +72,17 @@ def report(trainer: DCGRPOTrainer) -> dict[str, Any]:
         "log": history,
         "weights": torch.cat([p.detach().flatten() for p in whole]),
         "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "tokens": first_tokens(Path(trainer.args.output_dir)),
     }
+
+
+def first_tokens(output_dir: Path) -> list[tuple[Any, ...]]:
+    """The rows of the first step's token log, sorted; none where there is no log."""
+    path = output_dir / "tokens/tokens_00001.parquet"
+    columns = ["prompt", "position", "token_id", "sampling_logp", "valid", "completion"]
+    return (
+        sorted(zip(*pq.read_table(path, columns=columns).to_pydict().values(), strict=True)) if path.exists() else []
+    )
 
 
 def flat_for_3(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -82,7 +93,7 @@ def flat_for_3(prompts: list[str], completions: list[str], **_: Any) -> list[flo
 def replayed(directory: Path, world_size: int) -> dict[str, Any]:
     """Ragged rollouts that depend on their prompt alone; both controllers, leave-one-out, dropped groups."""
     options = {"length_decay": True, "length_decay_period": 2, "reward_funcs": flat_for_3}
-    options |= {"advantage_estimator": "rloo", "zero_variance_groups": "drop"}
+    options |= {"advantage_estimator": "rloo", "zero_variance_groups": "drop", "log_tokens": True}
     return train(directory, world_size, rollout_func=replayed_rollouts(), **options)
 
 

@@ -18,7 +18,7 @@ PARAMETERS = {
     "_compute_loss": ["model", "inputs"],
     "_prepare_inputs": ["generation_batch"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
-    "_save_checkpoint": ["model", "trial"],
+    "save_model": ["output_dir", "_internal_call"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "create_model_card": ["model_name", "dataset_name", "tags"],

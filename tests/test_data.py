@@ -94,7 +94,7 @@ def test_says_which_column_is_missing(tmp_path: Path) -> None:
         ({"prompt": [{"role": "user"}], "answer": "2"}, "problem in row 0"),
         ({"prompt": "1+1", "answer": None}, "answer in row 0.*is None"),
         ({"prompt": "1+1", "reward_model": {"style": "rule"}}, "answer in row 0"),
-        ({"prompt": "1+1", "answer": ["2"]}, r"answer in row 0.*\['2'\]"),
+        ({"prompt": "1+1", "answer": [2]}, r"answer in row 0.*\[2\]"),
     ],
 )
 def test_says_which_row_is_wrong(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -75,6 +75,14 @@ def test_two_processes_equal_one(ranks: tuple[dict[str, Any], dict[str, Any]], n
         assert {key: ours[key] for key in metrics} == pytest.approx(metrics, rel=2e-5, abs=1e-7, nan_ok=True)
 
 
+def test_the_token_log_holds_the_tokens_of_both_ranks(
+    ranks: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    two, one = ranks[0]["replayed"]["tokens"], RUNS["replayed"](tmp_path, 1)["tokens"]
+    assert len({row[-1] for row in two}) == 16  # a row's last entry is its completion
+    assert sorted(row[:-1] for row in two) == sorted(row[:-1] for row in one)
+
+
 def test_length_decay_halves_the_rate_of_both_ranks(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
     for rank in ranks:
         assert values(rank["replayed"], "learning_rate") == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])

@@ -2,6 +2,7 @@
 """math-verify rewards: verdicts, time limits that hold, workers that come back."""
 
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -128,6 +129,21 @@ def test_workers_end_with_their_parent() -> None:
     while worker.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_an_interrupt_is_the_parents_business(reward: MathAccuracyReward) -> None:
+    assert reward(["Answer: 34"], ["34"]) == [1.0]  # a worker runs
+    idle = reward._idle
+    assert idle is not None
+    worker = idle.get()
+    idle.put(worker)
+    process = worker._process
+    assert process is not None
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    assert reward(["Answer: 34"] * 2, ["34"] * 2) == [1.0, 1.0]
 
 
 def test_pickles_without_its_processes(reward: MathAccuracyReward) -> None:
