@@ -3,12 +3,15 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from runs import PROMPTS, dc_trainer, replayed_rollouts, trl_trainer
+from trl import GRPOConfig
 
 from dc_trl import DCGRPOConfig, LengthDecayCallback
 
@@ -74,17 +77,54 @@ def test_every_metric_has_a_complete_row() -> None:
         assert all(cell.strip() for cell in cells), cells
 
 
-def test_defaults_are_those_of_the_config() -> None:
-    table = {cells[0].strip().strip("`"): cells[1].strip().strip("`") for cells in rows("method.md")}
-    fields = {field.name: field.default for field in dataclasses.fields(DCGRPOConfig)}
-    options = {name: value for name, value in table.items() if name in fields}
-    assert len(options) >= 20
-    assert options == {name: str(fields[name]) for name in options}
+def test_the_paper_index_has_every_default() -> None:
+    fields = {field.name: str(field.default) for field in dataclasses.fields(DCGRPOConfig)}
+    listed = [(cells[0].strip().strip("`"), cells[1].strip().strip("`")) for cells in rows("paper_index.md")]
+    options = [(name, value) for name, value in listed if name in fields]
+    assert options == [(name, fields[name]) for name, _ in options]
+    own = set(fields) - {field.name for field in dataclasses.fields(GRPOConfig)}
+    assert own <= {name for name, _ in options}
+    assert all(cell.strip() for cells in rows("paper_index.md") for cell in cells)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_paper_index_maps_equations_to_functions_that_exist() -> None:
+    named = {name for cells in rows("paper_index.md") for name in re.findall(r"`(dc_trl\.[\w.]+)`", cells[1])}
+    assert len(named) >= 15
+    for module, _, name in (name.rpartition(".") for name in named):
+        assert hasattr(importlib.import_module(module), name), name
+
+
+# What a recipe says otherwise on purpose: the papers' tolerance and period hold for their stack and data.
+@pytest.mark.parametrize(
+    ("index", "recipe", "apart"),
+    [
+        (0, "qwen3_8b_bf16", {"output_dir", "discrepancy_tolerance"}),
+        (1, "qwen3_4b_length_decay", {"output_dir", "length_decay_period"}),
+    ],
+)
+def test_the_papers_settings_are_those_of_the_recipes(index: int, recipe: str, apart: set[str]) -> None:
+    call = ast.parse(python_blocks(DOCS / "paper_index.md")[index]).body[-1].value  # type: ignore[attr-defined]
+    settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    path = DOCS.parent / "examples" / "configs" / f"{recipe}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert apart == {name for name, value in settings.items() if values.get(name, value) != value}
+    assert len(set(settings) & set(values)) >= 15
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    sections = yaml.safe_load((DOCS / "_toctree.yml").read_text(encoding="utf-8"))
+    listed = [page["local"] for section in sections for page in section["sections"]]
+    assert sorted(listed) == sorted(page.stem for page in PAGES)
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+# The blocks of api.md are signatures, which test_docs_api.py reads.
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "api.md"], ids=lambda path: path.name)
 def test_python_blocks_parse(page: Path) -> None:
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+    for block in python_blocks(page):
         # `...` stands for the reader's own arguments; before keywords it is a positional one, so the block parses.
         assert ast.parse(block).body
 
