@@ -11,3 +11,4 @@ for name in ("torchao", "torch.utils._pytree", "vllm"):
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+warnings.filterwarnings("ignore", message="IProgress not found")  # in a notebook without ipywidgets

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the quickstart shows: a progress bar while it trains, then a table, a plot, and what they do not show."""
+"""What the quickstart shows: a progress bar while it trains, then a table, and what it does not show."""
 
-from pathlib import Path
 from typing import Any
 
 import demo_quiet  # noqa: F401
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -13,15 +11,6 @@ DISCREPANCY = "dc/discrepancy/mean"
 TOLERANCE = "dc/tolerance"
 MULTIPLIER = "dc/multiplier"
 ENTROPY = "entropy"
-
-# Title of each panel, and the logged values drawn in it.
-PANELS: dict[str, tuple[str, ...]] = {
-    "reward": ("reward",),
-    "discrepancy, mean |π − μ|": (DISCREPANCY, TOLERANCE),
-    "multiplier λ": (MULTIPLIER,),
-    "tokens per completion": ("completions/mean_length",),
-    "entropy, nats": (ENTROPY,),
-}
 
 Log = list[dict[str, Any]]
 
@@ -53,25 +42,6 @@ class ProgressCallback(TrainerCallback):
 def series(log: Log, key: str) -> list[float]:
     """The values that training logged under a key, in order; steps without one, or with NaN, are left out."""
     return [entry[key] for entry in log if "reward" in entry and entry.get(key) is not None]
-
-
-def plot_curves(log: Log, path: Path) -> None:
-    """Draws `PANELS` against the training step and saves them as PNG."""
-    entries = [entry for entry in log if "reward" in entry]
-    figure = Figure(figsize=(3.2 * len(PANELS), 2.8), layout="constrained")
-    for axis, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for key, style in zip(keys, ("-", "--"), strict=False):
-            points = [entry for entry in entries if entry.get(key) is not None]
-            steps, values = [entry["step"] for entry in points], [entry[key] for entry in points]
-            axis.plot(steps, values, style, linewidth=1.2, label=key.removeprefix("dc/"))
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-        if len(keys) > 1:
-            axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -28,7 +28,6 @@ from demo_report import (
     Log,
     ProgressCallback,
     conclusion,
-    plot_curves,
     series,
     table,
 )
@@ -95,9 +94,10 @@ def main() -> None:
     after = evaluate(trainer, problems, args.seed)
     log = trainer.state.log_history
     summary = summarise(args, trainer, before, after, log) | {"wall_seconds": round(time.perf_counter() - start, 1)}
-    save(Path(args.output_dir), trainer, summary, log)
+    save(Path(args.output_dir), trainer, summary)
     print(f"\nOn {len(problems)} held-out problems, sampled by {deployment(trainer)} rollouts:\n{table(summary)}\n")
     print(f"{conclusion(summary, log)}\n\nCurves, summary, policy and model card: {args.output_dir}")
+    print(f"A page with the curves and the tokens that disagree: dc-trl report {args.output_dir}")
 
 
 def load_problems(args: DemoArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -166,6 +166,7 @@ def build_trainer(
         gradient_checkpointing=pretrained,
         seed=args.seed,
         logging_steps=1,
+        log_tokens=True,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -234,12 +235,11 @@ def summarise(
     }
 
 
-def save(folder: Path, trainer: DCGRPOTrainer, summary: dict[str, Any], log: Log) -> None:
-    """Writes policy, model card, summary and curves."""
+def save(folder: Path, trainer: DCGRPOTrainer, summary: dict[str, Any]) -> None:
+    """Writes policy, summary, and the model card with its curves."""
     trainer.save_model(str(folder))
     trainer.create_model_card(model_name="dc-trl quickstart")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    plot_curves(log, folder / "curves.png")
 
 
 if __name__ == "__main__":
