@@ -14,9 +14,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+import dc_trl.arguments
 import dc_trl.training
+from dc_trl.arguments import find_accelerate_config
 from dc_trl.cli import COMMANDS, main
-from dc_trl.training import find_accelerate_config
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
@@ -163,12 +164,12 @@ def test_script_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_yaml_and_options_agree() -> None:
-    names = dc_trl.training._names(dc_trl.training.make_parser())
+    names = dc_trl.arguments._names(dc_trl.arguments.make_parser())
     recipes = (ROOT / "examples" / "configs").glob("*.yaml")
     assert all(set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= set(names) for path in recipes)
 
 
 def test_launcher_options_are_taken_out_in_order() -> None:
-    without = dc_trl.training._without
+    without = dc_trl.arguments._without
     assert without(["--seed", "1", "--machine_rank", "1", "--x"], ["--machine_rank", "1"]) == ["--seed", "1", "--x"]
     assert without(["a"], []) == ["a"]

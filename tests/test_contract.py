@@ -12,6 +12,7 @@ import trl
 from runs import dc_trainer, replayed_rollouts, trl_trainer, weights
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import add_fused_lm_head
 
 PARAMETERS = {
     "_generate_and_score_completions": ["inputs"],
@@ -35,6 +36,12 @@ def test_hooked_methods_keep_their_parameters(method: str, expected: list[str]) 
 
 def test_version_range() -> None:
     assert trl.__version__.startswith("1.16.")
+
+
+def test_the_temperature_of_scoring_is_bound_to_the_head() -> None:
+    # `dc-trl calibrate` binds another one for a while.
+    parameters = list(inspect.signature(add_fused_lm_head).parameters)
+    assert parameters[:2] == ["model", "temperature"]
 
 
 def test_generation_engine_methods() -> None:

@@ -21,13 +21,13 @@ from trl import GRPOConfig
 
 import dc_trl
 from dc_trl import DCGRPOConfig, LengthDecayCallback
+from dc_trl.arguments import TrainArguments, find_accelerate_config, make_parser
 from dc_trl.cli import COMMANDS
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
 from dc_trl.dual import DualVariable
 from dc_trl.length_decay import LengthSurgeDetector, RateScaler
 from dc_trl.rewards import MathAccuracyReward
 from dc_trl.rollouts.transformers import TransformersGeneration
-from dc_trl.training import TrainArguments, find_accelerate_config, make_parser
 
 PURE = ("discrepancy", "advantage", "importance", "dual", "constraint", "length_decay")
 # Argument checks that the config shares with the maths.

@@ -12,6 +12,7 @@ from test_cli import load_example
 from test_data import dapo_rows, write
 from transformers import AutoConfig
 
+from dc_trl.arguments import find_accelerate_config, make_parser
 from dc_trl.cli import main
 from dc_trl.config import DCGRPOConfig
 from dc_trl.planning import (
@@ -26,7 +27,6 @@ from dc_trl.planning import (
     state_bytes,
     weight_bytes_of,
 )
-from dc_trl.training import find_accelerate_config, make_parser
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "examples" / "configs"
