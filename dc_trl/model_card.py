@@ -13,7 +13,7 @@ from transformers import SchedulerType
 from dc_trl.config import DCGRPOConfig
 from dc_trl.curves import DISCREPANCY, save_curves, series
 from dc_trl.evaluation.card import model_index_results
-from dc_trl.evaluation.results import read_results, score
+from dc_trl.evaluation.results import newest_results, read_results, score
 
 CARD = "README.md"
 CURVES = "curves.png"
@@ -60,7 +60,7 @@ def complete(
         log_history: the Trainer's.
     """
     card = ModelCard.load(folder / CARD)
-    results = read_results(folder)
+    results = newest_results(read_results(folder))
     parts = [_settings(args, tolerance, multiplier), _measurements(log_history)]
     if save_curves(log_history, tolerance, folder / CURVES):
         parts.append(f"![Curves]({CURVES})\n")

@@ -90,10 +90,11 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds neither.
-        ValueError: a line of the log, other than a last one that is cut off, is not JSON.
+        ValueError: a line of the log, other than a last one that is cut off, or the state, is not what was written.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"the run directory {folder} does not exist (looked from {Path.cwd()}).")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"the run directory {folder} {what} (looked from {Path.cwd()}).")
     if (folder / LOG_FILE).is_file():
         return _read_log(folder)
     states = sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime)
@@ -103,9 +104,19 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds no run: neither {LOG_FILE}, which DCGRPOTrainer writes while it trains, nor a checkpoint "
             f"with {STATE_FILE}. Name a trainer's output_dir; for other trainers, add RunLogCallback to `callbacks`."
         )
-    state = json.loads(states[-1].read_text(encoding="utf-8"))
-    start = {"max_steps": state["max_steps"]}
-    return Run(folder.resolve().name, states[-1], start, {}, state["log_history"])
+    return _read_state(folder, states[-1])
+
+
+def _read_state(folder: Path, source: Path) -> Run:
+    try:
+        state = json.loads(source.read_text(encoding="utf-8"))
+        start = {"max_steps": int(state["max_steps"])}
+        entries = list(state["log_history"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} is not the state of a transformers trainer ({error!r}): remove it.") from error
+    for number, entry in enumerate(entries, start=1):
+        _check_line(entry, f"entry {number} of {source}")
+    return Run(folder.resolve().name, source, start, {}, entries)
 
 
 def _read_log(folder: Path) -> Run:
@@ -126,8 +137,21 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         if not line:
             continue
         try:
-            yield json.loads(line)
+            value = json.loads(line)
         except ValueError as error:
             if number == len(lines):  # no newline yet: it is being written
                 return
             raise ValueError(f"line {number} of {path} is not JSON ({error}). Remove that line.") from error
+        _check_line(value, f"line {number} of {path}")
+        yield value
+
+
+def _check_line(line: Any, where: str) -> None:
+    """Readers count on the numbers of steps, and pages print them."""
+    is_start = isinstance(line, dict) and "start" in line
+    holder = line["start"] if is_start else line
+    numbers = [holder.get("step"), holder.get("max_steps", 0)] if isinstance(holder, dict) else [None]
+    if any(type(number) is not int for number in numbers) or (
+        is_start and not isinstance(holder.get("settings"), dict)
+    ):
+        raise ValueError(f"{where} is neither a log entry with its step nor the start of a run. Remove it.")

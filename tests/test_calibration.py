@@ -256,7 +256,7 @@ def test_the_json_is_what_the_page_says(calibrate: Any) -> None:
     parents = {key for key in found if any(name.startswith(f"{key}.") for name in keys(found))}
     written = {key for key in keys(found) if key.count(".") <= 1} - parents
     assert written == documented
-    assert set(found["passes"]) == {"first", "second", "stale", "nudged"}
+    assert set(found["passes"]) == {"first", "second", "stale", "nudged", "undone"}
     assert sum(row["tokens"] for row in found["distribution"]["by_position"]) == found["distribution"]["tokens"]
     assert sum(row["tokens"] for row in found["distribution"]["by_probability"]) == found["distribution"]["tokens"]
 

@@ -118,13 +118,47 @@ def test_few_problems_are_warned_about() -> None:
     assert verdict(by_discrepancy([[0.0], [0.0]]), 2) == "pass"
 
 
+def sampled(change: list[list[float]], missed: list[list[float]]) -> tuple[Scores, Scores]:
+    """Samples scored by the new and the old weights, by log π_new − log π_old and by log π_new − log μ."""
+    new = batch(torch.zeros(len(change), len(change[0])), -torch.tensor(missed))
+    return new, batch(-torch.tensor(change), -torch.tensor(missed))
+
+
+def test_staleness_by_hand() -> None:
+    # Slope Σ change·missed / Σ change²: (0.2·0.1 + 0.4·0.3) / (0.04 + 0.16) = 0.7; the residuals of the two problems,
+    # 0.2·(0.1 − 0.14) = −0.008 and 0.4·(0.3 − 0.28) = 0.008, have the norm 0.008·√2.
+    found = scores.staleness(*sampled([[0.2], [0.4]], [[0.1], [0.3]]))
+    assert found.value == pytest.approx(0.7) and found.stderr == pytest.approx(0.008 * 2**0.5 / 0.2)
+    # Both are cut at 1: a token that is 9 off decides no more than one that is 1 off.
+    assert scores.staleness(*sampled([[9.0], [0.5]], [[9.0], [0.0]])).value == pytest.approx(1 / 1.25)
+    unmoved = scores.staleness(*sampled([[0.0]], [[0.1]]))
+    assert unmoved.value != unmoved.value
+
+
 @pytest.mark.parametrize(
-    ("nudged", "stale", "status"),
-    [(0.02, 0.3, "pass"), (0.03, 0.3, "pass"), (0.05, 0.3, "fail"), (0.3, 0.3, "fail"), (0.02, 0.03, "not run")],
+    ("now", "stale", "missed", "status"),
+    [
+        (0.02, 0.3, 0.0, "pass"),
+        (0.03, 0.3, 0.0, "pass"),
+        (0.06, 0.3, 0.2, "fail"),  # a part of the move was missed
+        (0.06, 0.3, 0.0, "warn"),  # higher, but not by what the move would do
+        (0.3, 0.3, 1.0, "fail"),
+        (0.02, 0.03, 0.0, "not run"),  # a part would not stand out,
+        (0.03, 0.03, 1.0, "fail"),  # but a dead sync does
+    ],
 )
-def test_a_nudge_is_judged_between_floor_and_dead_sync(nudged: float, stale: float, status: str) -> None:
-    floor, dead, now = (by_discrepancy([[x], [x]]) for x in (0.02, stale, nudged))
-    assert checks.check_sync(floor, dead, now, 0.04).status == status
+def test_a_nudge_is_judged_by_its_size_and_by_what_the_sampler_missed(
+    now: float, stale: float, missed: float, status: str
+) -> None:
+    floor, dead = (by_discrepancy([[x], [x]]) for x in (0.02, stale))
+    # Signs of the change alternate over four tokens of each completion; the rest of `now` has nothing to do with it.
+    signs = torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)
+    others = torch.tensor([[1.0, 1.0, -1.0, -1.0]] * 2)
+    change = now * signs
+    rest = now * (1 - missed) * others
+    pair = sampled(change.tolist(), (missed * change + rest).tolist())
+    found = checks.check_sync(floor, dead, *pair, 0.04)
+    assert found.status == status, found.message
 
 
 def test_a_repeat_must_be_higher_by_more_than_chance_and_slack() -> None:
@@ -143,7 +177,7 @@ def test_a_repeat_must_be_higher_by_more_than_chance_and_slack() -> None:
 def test_nothing_is_concluded_from_nothing() -> None:
     nothing = by_discrepancy([[1.0]], mask=[[0]])
     assert checks.check_scored(nothing).status == "fail"
-    assert checks.check_sync(nothing, None, None, None).status == "not run"
+    assert checks.check_sync(nothing, None, None, None, None).status == "not run"
     assert checks.check_tail(nothing, None).status == "not run"
 
 

@@ -96,7 +96,7 @@ def evaluate(*flags: str, model: str = "policy", data: str = "sums.jsonl") -> in
 
 
 def sample_files(folder: Path = Path("policy/evaluation")) -> list[Path]:
-    return sorted((folder / "samples").iterdir())
+    return sorted((folder / "samples").glob("*.jsonl"))
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +148,11 @@ def test_a_gold_answer_that_cannot_be_parsed_is_left_out_and_said(
     assert (result["problems"], result["unjudged_problems"]) == (3, 1)
     assert result["mean"] == pytest.approx(0.5)
     assert "3 (1 without a usable gold answer left out)" in capsys.readouterr().out
+    # For a model that is cut off each time too, or two models would be scored on different problems.
+    engine.cut = {(3, sample) for sample in range(4)}
+    engine.learn(Benchmark("sums", "sums", "sums.jsonl", 4, "train"), seed=1)
+    assert evaluate("--seed", "1") == 0
+    assert read_results("policy")[-1]["problems"] == 3
 
 
 @pytest.mark.parametrize("survives", [0, 5, 11])
@@ -163,7 +168,7 @@ def test_a_killed_run_draws_only_the_rest(
     assert not Path("policy/evaluation/results.jsonl").exists()
     with sample_files()[0].open("a") as file:
         file.write('{"problem": 0, "hash": "')  # the line that the crash cut off
-    recorded = survives - survives % 2
+    recorded = survives  # also the one that waited to be judged with another
     engine.survives, before = 10**9, len(engine.seen)
     assert evaluate() == 0
     assert len(engine.seen) - before == 12 - recorded
@@ -197,6 +202,12 @@ def test_other_settings_are_never_mixed(engine: KnownEngine, change: str) -> Non
     assert len(engine.seen) == 24
     assert len(sample_files()) == 2 and set(first) < set(sample_files())
     assert len(read_results("policy")) == 2
+
+
+def test_equal_problems_are_drawn_independently(policy: Path) -> None:
+    write(Path("twice.jsonl"), [SUMS[0], SUMS[0]])
+    draws = planned_draws(load_problems(Benchmark("twice", "twice", "twice.jsonl", 4, "train"), BOXED_TEMPLATE), 4, 0)
+    assert len({draw.seed for draw in draws}) == 8 and len({draw.problem.hash for draw in draws}) == 1
 
 
 def test_a_changed_problem_is_drawn_again(engine: KnownEngine) -> None:
@@ -339,7 +350,7 @@ def test_the_card_keeps_what_it_has(engine: KnownEngine) -> None:
     engine.learn(Benchmark("sums", "sums", "sums.jsonl", 4, "train"))
     assert evaluate("--temperature", "1.0") == 0
     assert len(card_results()) == 5
-    assert len(model_index_results(read_results("policy"))) == 6
+    assert len(read_results("policy")) == 3 and len(model_index_results(read_results("policy"))) == 4
 
 
 def test_a_card_is_made_where_there_is_none_and_elsewhere_when_asked(engine: KnownEngine) -> None:
@@ -379,15 +390,107 @@ def test_results_of_a_crash_are_passed_over(tmp_path: Path) -> None:
     line = {"benchmark": "a", "settings": "1", "mean": 0.1}
     lines = [line, line | {"mean": 0.2}, line | {"settings": "2"}, line | {"benchmark": "b"}]
     path = write(tmp_path / "evaluation" / "results.jsonl", lines)
-    path.write_text(path.read_text() + '{"benchmark": "a", "set')
+    path.write_text("null\n" + path.read_text() + '{"mean": 0.5}\ngarbage\n{"benchmark": "a", "set')
     assert read_results(tmp_path) == [lines[1], lines[2], lines[3]]
+    path.write_text(path.read_text() + "\n" + json.dumps(line | {"mean": 0.3}))
+    assert read_results(tmp_path) == [lines[2], lines[3], line | {"mean": 0.3}]
 
 
-def test_a_foreign_file_of_samples_is_refused(engine: KnownEngine) -> None:
+@pytest.mark.parametrize(
+    ("number", "line", "message"),
+    [
+        (1, '{"settings": {}}', "is not this run's settings (ValueError('other settings')). Move the file away"),
+        (1, "garbage", "is not this run's settings"),
+        (3, "garbage", "is not a sample"),
+        (3, '{"problem": 1}', "is not a sample (KeyError('hash')). Remove that line: its sample is drawn again"),
+    ],
+)
+def test_a_damaged_file_of_samples_is_refused_and_left_as_it_is(
+    engine: KnownEngine, number: int, line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate() == 0
-    sample_files()[0].write_text('{"settings": {}}\n')
-    with pytest.raises(ValueError, match="does not start with this run's settings"):
-        evaluate()
+    (path,) = sample_files()
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+    assert evaluate() == 2
+    assert f"line {number} of {path.relative_to('.')} {message}" in capsys.readouterr().err
+    assert path.read_text().splitlines() == lines
+    if number > 1:
+        path.write_text("\n".join(lines[: number - 1] + lines[number:]) + "\n")
+        assert evaluate() == 0 and len(engine.seen) == 13
+
+
+def test_an_interrupt_loses_nothing_that_was_drawn(engine: KnownEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    complete = engine.complete
+
+    def interrupted(requests: list[Request], max_tokens: int) -> Iterator[tuple[int, Completion]]:
+        for count, drawn in enumerate(complete(requests, max_tokens)):
+            if count == 7:
+                raise KeyboardInterrupt
+            yield drawn
+
+    engine.complete = interrupted  # type: ignore[method-assign]
+    assert evaluate() == 130
+    assert "the same command draws only the rest" in capsys.readouterr().err
+    assert len(sample_files()[0].read_text().splitlines()) == 1 + 7
+    engine.complete, engine.seen = complete, []  # type: ignore[method-assign]
+    assert evaluate() == 0 and len(engine.seen) == 12 - 7
+
+
+def test_two_processes_do_not_draw_into_one_file(engine: KnownEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate() == 0
+    (path,) = sample_files()
+    before = path.read_bytes()
+    code = "import sys, filelock as f; l = f.FileLock(sys.argv[1]); l.acquire(); print('held', flush=True); input()"
+    held = str(path.parent / f".{path.stem}.lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", code, held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert evaluate("--samples", "8") == 2
+        assert f"another process is drawing the samples of {path}" in capsys.readouterr().err
+        other.kill()
+    assert path.read_bytes() == before
+    assert evaluate() == 0  # the lock of a process that was killed does not stay
+
+
+def test_what_cannot_be_written_is_found_before_sampling(
+    engine: KnownEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("")
+    assert evaluate("--output_dir", "file/x") == 2
+    assert "nothing can be written to file/x" in capsys.readouterr().err
+    assert evaluate("--model_card", ".") == 2
+    assert "the model card . is not valid" in capsys.readouterr().err
+    assert not engine.seen
+    assert evaluate("--model_card", "file/README.md") == 2
+    assert "the scores are recorded, but the model card cannot be written" in capsys.readouterr().err
+    assert len(read_results("policy")) == 1
+
+
+def test_datasets_of_one_name_are_refused(engine: KnownEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("a", "b"):
+        write(Path(folder, "sums.jsonl"), SUMS)
+    assert main(["evaluate", "--model_name_or_path", "policy", "--dataset", "a/sums.jsonl", "b/sums.jsonl"]) == 2
+    assert "2 benchmarks are named sums" in capsys.readouterr().err
+    named = chosen_benchmarks(
+        make_parser().parse_args(["--model_name_or_path", "m", "--dataset", "me/sums-v1.5", "."])
+    )
+    assert [benchmark.name for benchmark in named] == ["sums-v1.5", Path.cwd().name]
+
+
+def test_a_card_has_no_score_of_older_weights(engine: KnownEngine) -> None:
+    assert evaluate() == 0
+    save_tiny_policy(Path("policy"))
+    engine.right = set()
+    engine.learn(Benchmark("sums", "sums", "sums.jsonl", 4, "train"))
+    assert evaluate() == 0
+    old, new = read_results("policy")
+    assert (old["mean"], new["mean"]) == (0.5, 0.0)
+    assert [entry.metric_value for entry in model_index_results([old, new])] == [0.0, 0.0]
+    other = old | {"temperature": 1.0}
+    assert [entry.metric_value for entry in model_index_results([old, other, new])][::2] == [0.0, 50.0]
 
 
 def test_no_score_for_a_table_of_nothing() -> None:
@@ -406,7 +509,12 @@ def test_no_score_for_a_table_of_nothing() -> None:
         (["--model_name_or_path", "empty"], "cannot load configuration and tokenizer of empty"),
         (["--temperature", "0"], "--temperature is 0.0"),
         (["--top_p", "0"], "--top_p 0.0"),
-        (["--samples", "0"], "0 is not a positive number"),
+        (["--samples", "0"], "0 is not a positive whole number"),
+        (["--limit", "-1"], "-1 is not a positive whole number"),
+        (["--max_tokens", "1e3"], "1e3 is not a positive whole number"),
+        (["--model_name_or_path", "adapter"], "adapter holds a PEFT adapter, not a whole model: merge it"),
+        (["--model_name_or_path", "bare"], "write it into chat_template.jinja"),
+        (["--model_name_or_path", "strict"], "chat template does not take problem 0: alternate!"),
         (["--vllm_engine_kwargs", "{"], "is not JSON"),
         (["--vllm_engine_kwargs", "[]"], "must be a JSON mapping"),
         (["--engine", "transformers", "--vllm_engine_kwargs", '{"a": 1}'], "is for --engine vllm, not transformers"),
@@ -425,6 +533,9 @@ def test_errors_name_the_value_and_the_way_out(
     message: str,
 ) -> None:
     Path("empty").mkdir()
+    write(Path("adapter/adapter_config.json"), [{"peft_type": "LORA"}])
+    (save_tiny_policy("bare") / "chat_template.jinja").unlink()
+    (save_tiny_policy("strict") / "chat_template.jinja").write_text("{{ raise_exception('alternate!') }}")
     monkeypatch.setattr("dc_trl.evaluation.runs.sample_benchmark", lambda *args: pytest.fail("it samples"))
     try:
         status = main(["evaluate", "--model_name_or_path", "policy", "--dataset", "sums.jsonl", *flags])

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def check_result(output: Path, engine: str, precision: str) -> None:
     assert (result["engine"], result["precision"], result["truncated"]) == (engine, precision, 0.0)
     assert result["mean"] == pytest.approx(2 / 3) and result["stderr"] == pytest.approx(1 / 3)
     assert result["mean_tokens"] == len(ANSWER) + 1  # the end-of-sequence token
-    (file,) = (output / "samples").iterdir()
+    (file,) = (output / "samples").glob("*.jsonl")
     texts = {json.loads(line)["completion"] for line in file.read_text().splitlines()[1:]}
     assert texts == {ANSWER}
 
@@ -124,7 +126,7 @@ def test_a_killed_run_in_process_goes_on_to_the_same_result(
     torch.manual_seed(12345)  # another process would not continue this one's random state
     assert main(arguments(policy, data, tmp_path / "killed", *flags)) == 0
     assert calls == [3, 3, 3, 3, 3, 3]  # 15 samples in five batches; the third is drawn twice
-    files = [next((tmp_path / name / "samples").iterdir()).read_text() for name in ("whole", "killed")]
+    files = [next((tmp_path / name / "samples").glob("*.jsonl")).read_text() for name in ("whole", "killed")]
     assert len({json.loads(line)["completion"] for line in files[0].splitlines()[1:]}) > 5
     assert sorted(files[0].splitlines()) == sorted(files[1].splitlines())
 
@@ -160,6 +162,51 @@ def test_precision_labels(policy: Path, stored: str, dtype: str, kwargs: dict[st
     config.quantization_config = {"quant_method": "compressed-tensors"}
     expected = label if "quantization" in kwargs else "compressed-tensors"
     assert precision_label(config, dtype, kwargs) == expected
+
+
+class Stalling(BaseHTTPRequestHandler):
+    """A server that answers its first request, and the others when `released` is set."""
+
+    protocol_version = "HTTP/1.1"
+    released, posts = threading.Event(), 0
+
+    def do_GET(self) -> None:
+        self.answer({"data": [{"id": "m", "max_model_len": 400}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        Stalling.posts += 1
+        if Stalling.posts > 1:
+            Stalling.released.wait(30)
+        choice = {"text": "7", "finish_reason": "stop"}
+        self.answer({"choices": [choice], "usage": {"completion_tokens": 1}})
+
+    def answer(self, body: dict[str, Any]) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_an_interrupted_process_does_not_wait_for_the_server() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stalling) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        engine = ServerEngine(f"http://127.0.0.1:{server.server_port}", "m", HOT, concurrency=2)
+        before = set(threading.enumerate())
+        drawing = engine.complete([Request([1], seed) for seed in range(9)], 4)
+        assert next(drawing)[1] == Completion("7", 1, False)
+        drawers = [thread for thread in set(threading.enumerate()) - before if "work" in thread.name]
+        assert drawers and all(thread.daemon for thread in drawers)  # Python joins the others before it ends
+        drawing.close()  # type: ignore[attr-defined]
+        Stalling.released.set()
+        for thread in drawers:
+            thread.join(30)
+        assert Stalling.posts <= 1 + 2  # those under way; no new one
+        server.shutdown()
 
 
 class TestServer:

@@ -55,6 +55,30 @@ def test_long_series_keep_their_spikes(tmp_path: Path) -> None:
     assert {(12_345, 9.0), (40_000, -9.0)} <= set(zip(steps, values, strict=True))
 
 
+def test_integers_beyond_floats_are_gaps(tmp_path: Path) -> None:
+    entries = [{"step": 1, "reward": 10**400}, {"step": 2, "reward": 0.5}]
+    assert traces(report(write_log(tmp_path, entries)), "reward")["training"]["y"] == [None, 0.5]
+
+
+def test_a_run_with_evaluations_only_is_drawn(tmp_path: Path) -> None:
+    page = report(write_log(tmp_path, [{"step": s, "eval_reward": s / 4, "dc/tolerance": 1.0} for s in (1, 2)]))
+    assert set(page.data["figures"]) == {"reward"}  # and no chart for a tolerance alone
+    assert traces(page, "reward")["evaluation"]["y"] == [0.25, 0.5]
+    assert re.search(r"Never logged:\s+reward\s+\.", page.text)
+
+
+def test_lines_are_explained_where_the_last_value_is_zero(tmp_path: Path) -> None:
+    entry = {"step": 1, "dc/importance_ratio/max": 1.5, "dc/importance_ratio/min": 0.0}
+    assert "Solid: largest; dotted: smallest." in report(write_log(tmp_path, [entry])).text
+
+
+def test_a_surge_that_is_no_number_is_not_marked(tmp_path: Path) -> None:
+    entries = surge_entries(60)
+    entries[-1] |= {"length_decay/surge_step": "<b>", "length_decay/lr_scale": "x"}
+    figures = report(write_log(tmp_path, entries)).data["figures"]
+    assert not any("surge" in note["text"] for note in figures["length"]["layout"]["annotations"])
+
+
 def test_a_constant_is_drawn_on_an_axis_from_zero(tmp_path: Path) -> None:
     entries = [{"step": step, "learning_rate": 2e-4, "entropy": 0.0} for step in (1, 2)]
     figures = report(write_log(tmp_path, entries)).data["figures"]
@@ -179,6 +203,12 @@ def test_the_page_is_written_beside_the_log_or_where_asked(tmp_path: Path, capsy
     report_command([str(folder), "--output", str(tmp_path / "page.html")])
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "report.html"]
+
+
+def test_a_directory_is_no_page(tmp_path: Path) -> None:
+    write_log(tmp_path, [])
+    with pytest.raises(UsageError, match="is a directory: name a file in it"):
+        report_command([str(tmp_path), "--output", str(tmp_path)])
 
 
 def test_a_page_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

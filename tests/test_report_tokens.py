@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from plotly import graph_objects
 from plotly.offline import get_plotlyjs
@@ -69,6 +71,36 @@ def test_an_infinite_discrepancy_comes_first_and_leaves_the_scale_alone(tmp_path
     assert [token["text"] for token in step["top"]["discrepancy"]] == ["b", "a", "c"]
     assert step["scale"]["discrepancy"] == pytest.approx(0.2)
     assert step["completions"][0]["mean"] is None and step["metric"] == "logprob_diff"
+
+
+def test_a_completion_with_a_nan_is_shown_among_the_worst(tmp_path: Path) -> None:
+    rows = sentence(30, ["a", "b"], train_logp=math.nan, discrepancy=math.nan)
+    rows += [row for c in range(30) for row in sentence(c, ["x", "y"], token_id=c, discrepancy=0.5)]
+    write_tokens(write_log(tmp_path, [{"step": 1}]), 1, rows)
+    first = report(tmp_path).data["steps"][0]["completions"][0]
+    assert (first["completion"], first["mean"], first["train_logp"]) == (30, None, [None, None])
+
+
+def test_short_completions_leave_their_room_to_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dc_trl.report.tokens.TOKENS", 100)
+    rows = sentence(0, ["a"] * 80) + sentence(1, ["b"] * 10, token_id=8) + sentence(2, ["c"] * 60, token_id=9)
+    write_tokens(write_log(tmp_path, [{"step": 1}]), 1, rows)
+    shown = {c["completion"]: len(c["text"]) for c in report(tmp_path).data["steps"][0]["completions"]}
+    assert shown == {0: 45, 1: 10, 2: 45}
+    monkeypatch.setattr("dc_trl.report.tokens.TOKENS", 150)
+    shown = {c["completion"]: len(c["text"]) for c in report(tmp_path).data["steps"][0]["completions"]}
+    assert shown == {0: 80, 1: 10, 2: 60}
+
+
+@pytest.mark.parametrize("column", ["token", "prompt", "valid", "completion"])
+def test_a_token_log_with_other_values_is_left_out(tmp_path: Path, column: str) -> None:
+    path = write_tokens(write_log(tmp_path, [{"step": 1}]), 1, sentence(0, ["a", "b"]))
+    table = pq.read_table(path)
+    place, field = table.schema.get_field_index(column), table.schema.field(column)
+    pq.write_table(table.set_column(place, field, pa.nulls(2, field.type)), path)
+    assert f"was left out: its column {column} holds other values" in report(tmp_path).text
+    pq.write_table(table.set_column(place, column, pa.array(["<b>"] * 2)), path)
+    assert f"was left out: its column {column} holds other values" in report(tmp_path).text
 
 
 def test_the_histogram_puts_tokens_in_the_bucket_of_mu(tmp_path: Path) -> None:

@@ -78,3 +78,35 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / LOG_FILE).write_text(f"{json.dumps({'step': 1})}\nnot JSON\n{json.dumps({'step': 2})}\n")
     with pytest.raises(ValueError, match="line 2 of .*log.jsonl is not JSON"):
         read_run(tmp_path)
+
+
+START = {"step": 0, "max_steps": 3, "settings": {}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(None, 3, [], {"reward": 1.0}, {"step": '"><img>'}, {"step": 1.5}, {"step": 1, "start": None}),
+        *({"start": []}, {"start": {"step": 0}}, {"start": START | {"max_steps": "3"}}),
+        {"start": START | {"settings": [1]}},
+    ],
+)
+def test_a_line_of_another_kind_is_named(tmp_path: Path, line: Any) -> None:
+    (tmp_path / LOG_FILE).write_text(f"{json.dumps({'start': START})}\n{json.dumps(line)}\n")
+    with pytest.raises(ValueError, match="line 2 of .*log.jsonl is neither a log entry with its step nor the start"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("{", r"trainer_state.json is not the state of a transformers trainer \(JSONDecodeError"),
+        ("[]", "is not the state of a transformers trainer"),
+        ('{"max_steps": 3}', "KeyError"),
+        ('{"max_steps": 3, "log_history": [{"step": 1}, {"loss": 1}]}', "entry 2 of .*trainer_state.json is neither"),
+    ],
+)
+def test_a_state_of_another_kind_is_named(tmp_path: Path, state: str, message: str) -> None:
+    (tmp_path / "trainer_state.json").write_text(state)
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dc_trl.calibration.scores import Mean, Scores, difference_stderr, mean_discrepancy
+from dc_trl.calibration.scores import Mean, Scores, difference_stderr, mean_discrepancy, staleness
 
 PASS, WARN, FAIL, NOT_RUN = "pass", "warn", "fail", "not run"
 
@@ -15,13 +15,17 @@ REPEAT_ERRORS, REPEAT_RATIO = 4.0, 1.25
 REPEAT_PROBLEMS = 4
 # After a nudge and a sync. Measured on a random 0.1 M-parameter model, in-process engines from bf16 to int3: a working
 # sync gives 1.0 to 1.3 times the floor; one that forgets the head 2.5 to 3.4, the norms 1.9 to 2.2, a stale prefix
-# cache 3.7 to 7, a dead one what the stale samples give.
+# cache 3.7 to 7, a dead one what the stale samples give. But the floor rises with the nudge where it makes a policy
+# that was sure of itself unsure: to 24 times, on one trained on sums. So the ratio alone convicts nobody.
 SYNC_RATIO = 2.0
-# From this share of what a dead sync would show, it is one.
-DEAD_SHARE = 0.7
+# Share of the change that the sampler missed, from which its weights are old: dead syncs came to 0.94 to 1.0.
+DEAD_SHARE = 0.5
+# Beyond two standard errors, above which a part of it was missed. Working syncs came to -0.26 to 0.02, one that
+# forgets the head to 0.04, a stale prefix cache to 0.2.
+PART_SHARE = 0.02
 # Below this share of what a dead sync would show, a difference is rounding, however small the floor is.
 SYNC_SHARE = 0.05
-# A dead sync must show this far above the floor, or the nudge tells nothing.
+# A dead sync must show this far above the floor, or a part of one would be hidden.
 SYNC_CONTRAST = 3.0
 # Another temperature must fit by this factor better. Healthy int3 engines, whose rounding acts a little like a
 # temperature, came to 0.83; raw log-probs at int4 to 0.65, at bf16 to 0.04.
@@ -111,26 +115,40 @@ def check_repeat(first: Scores, second: Scores, plan: Plan) -> Verdict:
     return Verdict(name, PASS, message)
 
 
-def check_sync(floor: Scores, stale: Scores | None, nudged: Scores | None, size: float | None) -> Verdict:
-    """Whether the engine followed when the weights were moved. In nats, where a nudge shows in every token."""
-    name = "sync"
-    if stale is None or nudged is None or size is None:
+def check_sync(
+    floor: Scores, stale: Scores | None, nudged: Scores | None, undone: Scores | None, size: float | None
+) -> Verdict:
+    """Whether the engine followed when the weights were moved. In nats, where a nudge shows in every token.
+
+    Args:
+        floor: the passes before the nudge.
+        stale: their samples, scored by the moved weights.
+        nudged, undone: samples after the nudge and a sync, scored by the moved weights and by those before.
+        size: relative size of the nudge.
+    """
+    name, page = "sync", f"{_PAGE}#broken-or-stale-weight-sync"
+    if stale is None or nudged is None or undone is None or size is None:
         return Verdict(name, NOT_RUN, "No token was scored.")
     low, high, now = (mean_discrepancy(s, "logprob_diff", "token").value for s in (floor, stale, nudged))
+    missed = staleness(nudged, undone)
     numbers = (
         f"Weights moved by {size:.0%} and synced: mean |log π − log μ| {low:.3g} → {now:.3g}; a dead sync would give "
-        f"{high:.3g}."
+        f"{high:.3g}. The sampler missed {missed.value:.1%} ± {missed.stderr:.1%} of the move."
     )
     if not math.isfinite(now):
-        return Verdict(name, FAIL, f"{numbers} The engine gave no log-probs.", f"{_PAGE}#broken-or-stale-weight-sync")
+        return Verdict(name, FAIL, f"{numbers} The engine gave no log-probs.", page)
+    if missed.value > DEAD_SHARE and high > (1 + SYNC_SHARE) * low:
+        return Verdict(name, FAIL, f"{numbers} The engine samples with the old weights.", page)
     if now > max(SYNC_RATIO * low, low + SYNC_SHARE * (high - low)):
-        if now > DEAD_SHARE * high:
-            remedy = f"{_PAGE}#broken-or-stale-weight-sync"
-            return Verdict(name, FAIL, f"{numbers} The engine samples with the old weights.", remedy)
-        remedy = f"{_PAGE}#stale-prefix-cache, then #broken-or-stale-weight-sync"
-        return Verdict(name, FAIL, f"{numbers} A cache, or part of the weights, is old.", remedy)
+        if missed.value > PART_SHARE + 2 * missed.stderr:
+            remedy = f"{_PAGE}#stale-prefix-cache, then #broken-or-stale-weight-sync"
+            return Verdict(name, FAIL, f"{numbers} A cache, or part of the weights, is old.", remedy)
+        return Verdict(
+            name, WARN, f"{numbers} The rise does not follow the move: the moved policy is less sure of itself, and "
+            "the engines differ more on it. A small part that stayed old would be hidden.", "Raise --problems.",
+        )  # fmt: skip
     if high < SYNC_CONTRAST * low:
-        return Verdict(name, NOT_RUN, f"{numbers} The floor is so high that it would hide one.")
+        return Verdict(name, NOT_RUN, f"{numbers} The floor is so high that it would hide a part that stayed old.")
     return Verdict(name, PASS, numbers)
 
 

@@ -212,7 +212,7 @@ def judge(m: Measurement, plan: Plan, temperature: float) -> list[Verdict]:
         checks.check_precision(floor, table["problems"]),
         checks.check_temperature(temperature, m.misfits, m.other_temperature, m.other_misfits),
         checks.check_repeat(m.first, m.second, plan),
-        checks.check_sync(m.floor, m.stale, m.nudged, m.nudge_size),
+        checks.check_sync(m.floor, m.stale, m.nudged, m.undone, m.nudge_size),
         checks.check_weights(m.weights_moved),
         checks.check_tail(m.floor, table["dc"]["ess"]),
     ]

@@ -120,6 +120,7 @@ class Measurement:
         other_misfits: the same of the pass at `other_temperature`; None where it was not run.
         stale: the second pass's samples scored by the nudged weights: what a dead sync would look like.
         nudged: sampled and scored after the nudge and a sync. `nudge_size` is its relative size.
+        undone: the nudged pass's samples, scored by the weights before the nudge.
     """
 
     first: Scores
@@ -131,6 +132,7 @@ class Measurement:
     other_misfits: dict[float, float] | None = None
     stale: Scores | None = None
     nudged: Scores | None = None
+    undone: Scores | None = None
     nudge_size: float | None = None
 
 
@@ -223,6 +225,8 @@ def _nudge(trainer: Any, dataset: Any, result: Measurement) -> None:
         result.nudge_size = nudge.size
         _say(trainer, f"pass 3: weights nudged by {nudge.size:.1%}")
         result.nudged = trainer.sample(dataset)
+        nudge.undo()
+        result.undone = trainer.rescore(dataset)
     finally:
         nudge.undo()
         trainer.vllm_generation.sync_weights()

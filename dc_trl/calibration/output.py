@@ -81,7 +81,7 @@ def engine_name(args: Any) -> str:
 def as_json(found: Calibration) -> str:
     """Everything, as one JSON object; docs/calibration.md explains its keys. Numbers that do not exist are null."""
     m, plan = found.measurement, found.plan
-    passes = {"first": m.first, "second": m.second, "stale": m.stale, "nudged": m.nudged}
+    passes = {name: getattr(m, name) for name in ("first", "second", "stale", "nudged", "undone")}
     content = {
         "healthy": healthy(found.verdicts),
         "discrepancy_tolerance": found.recommendation.tolerance,

@@ -18,6 +18,9 @@ from dc_trl.discrepancy import DISCREPANCY_METRICS, discrepancy_metrics, token_d
 # |log π − log μ| where π is small.
 PROBABILITY_EDGES = (0.0, 1e-4, 1e-2, 0.1, 0.5, 0.9, 1.0)
 
+# Changes of a log-prob count up to this, in nats, so that a few tokens do not decide.
+CLIP = 1.0
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -128,6 +131,40 @@ def difference_stderr(first: Scores, second: Scores, metric: str, average: str) 
     n = min(map(len, residuals))
     difference = residuals[0][:n] - residuals[1][:n]
     return float(np.sqrt((difference**2).sum() / (n - 1) / n)) if n > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """Share of a change of the weights that the sampler missed, and its standard error."""
+
+    value: float
+    stderr: float
+
+
+def staleness(new: Scores, old: Scores) -> Staleness:
+    """How much of a change of the weights the sampler missed: 0 if it samples with the new ones, 1 with the old ones.
+
+    The slope, through the origin, of log π_new − log μ on log π_new − log π_old over the tokens that were sampled
+    after the sync. What the sampler's precision adds to log μ has nothing to do with the change, so it makes the slope
+    less certain and no larger; a sampler with old weights misses the change itself. Ours.
+
+    Args:
+        new: samples after the change and a sync, scored by the new weights.
+        old: the same samples, scored by the old weights.
+
+    Returns:
+        NaN where the change moved no token's log-prob; a standard error clustered by problem.
+    """
+    change = (new.train_logps - old.train_logps).clamp(-CLIP, CLIP)
+    missed = (new.train_logps - new.sampling_logps).clamp(-CLIP, CLIP)
+    change, missed = (torch.where(new.valid, x, 0.0).double() for x in (change, missed))
+    size = (change**2).sum()
+    if not size:
+        return Staleness(math.nan, math.nan)
+    slope = (change * missed).sum() / size
+    residuals = (change * (missed - slope * change)).sum(1)
+    problems = torch.zeros(int(new.problems.max()) + 1, dtype=torch.float64).index_add_(0, new.problems, residuals)
+    return Staleness(slope.item(), (problems.norm() / size).item())
 
 
 def _clusters(scores: Scores, metric: str, average: str) -> tuple[np.ndarray, np.ndarray]:

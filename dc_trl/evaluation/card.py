@@ -7,18 +7,18 @@ from typing import Any
 from huggingface_hub import EvalResult, metadata_load, metadata_save, metadata_update
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-# What makes two results of a benchmark two entries of the card.
-_SETTINGS = ("temperature", "top_p", "max_tokens", "precision", "engine", "limit")
+from dc_trl.evaluation.results import CARD_SETTINGS, newest_results
 
 
 def model_index_results(results: list[dict[str, Any]]) -> list[EvalResult]:
     """The `EvalResult`s of benchmark results: for each the score and, where there is one, its standard error; percent.
 
     Args:
-        results: as `read_results` returns them; those without a score are left out.
+        results: as `read_results` returns them; those without a score are left out, and of those that only weights,
+            seed or prompt tell apart the last one stays.
     """
     found = []
-    for result in results:
+    for result in newest_results(results):
         for kind, label, value in (("accuracy", "", result["mean"]), ("stderr", " standard error", result["stderr"])):
             if value is not None:
                 found.append(_eval_result(result, kind, f"{result['metric']}{label}", value))
@@ -36,7 +36,7 @@ def _eval_result(result: dict[str, Any], kind: str, name: str, value: float) -> 
         metric_type=kind,
         metric_name=name,
         metric_value=round(100 * value, 2),
-        metric_args={key: result[key] for key in _SETTINGS if result[key] is not None},
+        metric_args={key: result[key] for key in CARD_SETTINGS if result[key] is not None},
     )
 
 
@@ -89,7 +89,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
     try:
         return (metadata_load(path) or {}) if path.exists() else {}
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise ValueError(
             f"the metadata of the model card {path} is not valid: {error}. Correct or move it."
         ) from error

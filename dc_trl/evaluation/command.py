@@ -4,6 +4,9 @@
 import argparse
 import dataclasses
 import json
+import sys
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,9 +69,14 @@ def evaluate_command(argv: Sequence[str]) -> int:
 
     try:
         evaluation = Evaluation(args, folder, load_judge())
-        results = [evaluation.run(benchmark, problems) for benchmark, problems in evaluation.load(benchmarks)]
+        loaded = evaluation.load(benchmarks)
+        _check_writable(folder)
+        results = [evaluation.run(benchmark, problems) for benchmark, problems in loaded]
     except ConnectionError as error:
         raise UsageError(f"{error}. Samples so far are kept: the same command draws only the rest.") from error
+    except KeyboardInterrupt:
+        print("Interrupted. Samples so far are kept: the same command draws only the rest.", file=sys.stderr)
+        return 130
     print(results_table(results))
     _publish(args, card, results)
     return 0
@@ -78,8 +86,10 @@ def chosen_benchmarks(args: Any) -> list[Benchmark]:
     """The benchmarks that the arguments name.
 
     Raises:
-        UsageError: for a name that is none.
+        UsageError: for a name that is none, or that two benchmarks have.
     """
+    from dc_trl.data import FORMATS
+
     names = args.benchmarks.split(",") if args.benchmarks else [] if args.dataset else list(BENCHMARKS)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
@@ -87,10 +97,14 @@ def chosen_benchmarks(args: Any) -> list[Benchmark]:
     chosen = [BENCHMARKS[name] for name in names]
     columns = (args.problem_column, args.answer_column)
     for dataset in args.dataset:
-        name = Path(dataset).stem
+        path = Path(dataset).absolute()
+        name = path.stem if path.suffix in FORMATS else path.name
         known = BENCHMARKS.get(name, Benchmark(name, name, "", _LOCAL_SAMPLES))
         split, config = args.dataset_split, args.dataset_config
         chosen.append(Benchmark(name, known.title, dataset, known.samples, split, config, *columns, known.problems))
+    name, count = Counter(benchmark.name for benchmark in chosen).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{count} benchmarks are named {name}, and a result is known by its name: rename the file.")
     return [dataclasses.replace(benchmark, samples=args.samples or benchmark.samples) for benchmark in chosen]
 
 
@@ -123,11 +137,25 @@ def _check(args: Any) -> tuple[bool, Path | None]:
     return local, card
 
 
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"nothing can be written to {folder}: {error}. Name another with --output_dir.") from error
+
+
 def _publish(args: Any, card: Path | None, results: list[dict[str, Any]]) -> None:
     from dc_trl.evaluation.card import push_results, update_card
 
     if card:
-        update_card(card, Path(args.model_name_or_path).resolve().name, results)
+        try:
+            update_card(card, Path(args.model_name_or_path).resolve().name, results)
+        except OSError as error:
+            raise UsageError(
+                f"the scores are recorded, but the model card cannot be written: {error}. Name another with "
+                "--model_card; nothing is drawn again."
+            ) from error
         print(f"model card: {card}")
     if args.push_to_hub:
         repository = args.hub_model_id or args.model_name_or_path
@@ -145,8 +173,8 @@ def _default_folder(model: str, local: bool) -> str:
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 
 

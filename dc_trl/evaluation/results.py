@@ -12,6 +12,9 @@ from dc_trl.evaluation.benchmarks import BENCHMARKS, PAPER_FIGURES, paper_figure
 
 RESULTS_FILE = "results.jsonl"
 
+# What tells two results of a benchmark apart in a model card.
+CARD_SETTINGS = ("temperature", "top_p", "max_tokens", "precision", "engine", "limit")
+
 
 def mean_and_stderr(verdicts: Sequence[Sequence[bool]]) -> tuple[float, float | None]:
     """avg@n over P problems, and its standard error clustered by problem.
@@ -77,8 +80,8 @@ def read_results(run_dir: str | Path) -> list[dict[str, Any]]:
     """The benchmark results of a run or model directory, from `<run_dir>/evaluation/results.jsonl`.
 
     Returns:
-        One dict for each benchmark and settings, the last written; empty where nothing was evaluated. Lines that a
-        crash cut off are passed over.
+        One dict for each benchmark and settings, the last written, in the order of writing; empty where nothing was
+        evaluated. Lines that a crash cut off, and whatever else is no result, are passed over.
     """
     return last_results(Path(run_dir) / "evaluation")
 
@@ -92,8 +95,17 @@ def last_results(folder: Path) -> list[dict[str, Any]]:
             result = json.loads(line)
         except ValueError:
             continue
-        last[result["benchmark"], result["settings"]] = result
+        if isinstance(result, dict) and {"benchmark", "settings"} <= result.keys():
+            key = result["benchmark"], result["settings"]
+            last.pop(key, None)
+            last[key] = result
     return list(last.values())
+
+
+def newest_results(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of results that a model card cannot tell apart, because only weights, seed or prompt differ, the last."""
+    keys = ("dataset", "metric", *CARD_SETTINGS)
+    return list({(result["benchmark"], *(result[key] for key in keys)): result for result in results}.values())
 
 
 def results_table(results: list[dict[str, Any]]) -> str:

@@ -57,24 +57,30 @@ class Evaluation:
         """Samples a benchmark, appends its result to results.jsonl and returns it.
 
         Raises:
-            UsageError: a prompt leaves no room for a completion.
+            UsageError: a prompt leaves no room for a completion, the chat template does not take it, or the file of
+                samples cannot be used.
         """
         if benchmark.problems and len(problems) != min(self.args.limit or benchmark.problems, benchmark.problems):
             print(f"{benchmark.name}: {benchmark.dataset} has {len(problems)} problems, not {benchmark.problems}.")
         prompts = {problem.index: self._tokens(problem) for problem in problems}
         max_tokens = self._room(benchmark, max(map(len, prompts.values())))
         limit = self.args.limit if len(problems) == self.args.limit else None
-        file = SampleFile(self.folder / "samples", benchmark.name, self._settings(benchmark, max_tokens, limit))
         draws = planned_draws(problems, benchmark.samples, self.args.seed)
-        save = self.args.save_completions
-        records = sample_benchmark(draws, prompts, self.engine, max_tokens, file, self.judge, save)
+        settings, save = self._settings(benchmark, max_tokens, limit), self.args.save_completions
+        with SampleFile(self.folder / "samples", benchmark.name, settings) as file:
+            records = sample_benchmark(draws, prompts, self.engine, max_tokens, file, self.judge, save)
         result = self._result(benchmark, max_tokens, limit, file.key) | summarize(records)
         append_result(self.folder, result)
         print(f"{benchmark.title}, {result['metric']}: {score(result['mean'], result['stderr'])} %", flush=True)
         return result
 
     def _tokens(self, problem: Problem) -> list[int]:
-        text = self.tokenizer.apply_chat_template(problem.prompt, tokenize=False, add_generation_prompt=True)
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(problem.prompt, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UsageError(f"the model's chat template does not take problem {problem.index}: {error}.") from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _room(self, benchmark: Benchmark, longest: int) -> int:
@@ -195,11 +201,20 @@ def _load_config_and_tokenizer(args: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     name = args.model_name_or_path
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+        raise UsageError(
+            f"{name} holds a PEFT adapter, not a whole model: merge it (`merge_and_unload`), save the merged model "
+            "and its tokenizer with `save_pretrained`, and name that directory."
+        )
     try:
         config = AutoConfig.from_pretrained(name, revision=args.model_revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=args.model_revision)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load configuration and tokenizer of {name}: {error}") from error
     if tokenizer.chat_template is None:
-        raise UsageError(f"the tokenizer of {name} has no chat template: evaluate a model trained on one, or add it.")
+        raise UsageError(
+            f"the tokenizer of {name} has no chat template, which makes the prompt of a problem. If the model was "
+            "trained on one, write it into chat_template.jinja in the model's directory; a model trained on bare text "
+            "cannot be scored by this protocol."
+        )
     return config, tokenizer

@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from dc_trl.cli import UsageError
 from dc_trl.evaluation.benchmarks import Problem, short_hash
 from dc_trl.evaluation.engines import Completion, Engine, Request
 
@@ -37,7 +39,8 @@ class Draw:
 class SampleFile:
     """The recorded samples of one benchmark under one set of settings.
 
-    The first line is the settings, every other one a sample. A last line that a crash cut off is removed.
+    The first line is the settings, every other one a sample. A last line that a crash cut off is removed. Used in a
+    `with` statement; until its end no other process can use the file.
 
     Args:
         folder: directory of the files; made if missing.
@@ -45,22 +48,43 @@ class SampleFile:
         settings: everything that decides what is drawn, of JSON's types.
 
     Raises:
-        ValueError: the file of that name is not one of samples with these settings.
+        UsageError: another process uses the file, or it does not hold samples with these settings.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict[str, Any]) -> None:
         self.key = short_hash(settings)
         self.path = folder / f"{name}-{self.key}.jsonl"
         self._records: dict[tuple[int, str, int], Record] = {}
+        self._lock = FileLock(folder / f".{self.path.stem}.lock", timeout=0)
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UsageError(f"another process is drawing the samples of {self.path}: wait for its end.") from error
         self._drop_cut_off_line()
+        self._read(settings)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _read(self, settings: dict[str, Any]) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         if not lines:
             self._append([{"settings": settings}])
-        elif json.loads(lines[0]).get("settings") != json.loads(json.dumps(settings)):
-            raise ValueError(f"{self.path} does not start with this run's settings: move it away.")
-        for line in lines[1:]:
-            self._keep(json.loads(line))
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                if number > 1:
+                    self._keep(record)
+                elif record["settings"] != json.loads(json.dumps(settings)):
+                    raise ValueError("other settings")
+            except (ValueError, KeyError, TypeError) as error:
+                what = "a sample" if number > 1 else "this run's settings"
+                way_out = "Remove that line: its sample is drawn again" if number > 1 else "Move the file away"
+                raise UsageError(f"line {number} of {self.path} is not {what} ({error!r}). {way_out}.") from error
 
     def get(self, draw: Draw) -> Record | None:
         """The record of a draw; None where it is missing."""
@@ -113,15 +137,17 @@ def sample_benchmark(
     for batch in _batches(draws, missing, engine.batch_size):
         requests = [Request(prompts[draw.problem.index], draw.seed) for draw in batch]
         waiting: list[tuple[Draw, Completion]] = []
-        for index, completion in engine.complete(requests, max_tokens):
-            if file.get(batch[index]) is None:
-                waiting.append((batch[index], completion))
-            if len(waiting) == _JUDGED_TOGETHER:
-                file.add(_judged(waiting, judge, save_completions))
-                progress.update(len(waiting))
-                waiting = []
-        file.add(_judged(waiting, judge, save_completions))
-        progress.update(len(waiting))
+        try:
+            for index, completion in engine.complete(requests, max_tokens):
+                if file.get(batch[index]) is None:
+                    waiting.append((batch[index], completion))
+                if len(waiting) == _JUDGED_TOGETHER:
+                    file.add(_judged(waiting, judge, save_completions))
+                    progress.update(len(waiting))
+                    waiting = []
+        finally:  # also what was drawn before an interrupt, or before the server was gone
+            file.add(_judged(waiting, judge, save_completions))
+            progress.update(len(waiting))
     progress.close()
     return [record for draw in draws if (record := file.get(draw)) is not None]
 
@@ -140,12 +166,13 @@ def _batches(draws: list[Draw], missing: list[Draw], size: int | None) -> Iterat
 
 
 def _judged(waiting: list[tuple[Draw, Completion]], judge: Judge, save_completions: bool) -> list[Record]:
-    ended = [(draw, completion) for draw, completion in waiting if not completion.truncated]
-    verdicts = iter(judge([completion.text for _, completion in ended], [draw.problem.gold for draw, _ in ended]))
+    # Nothing is read of what was cut off, but its gold answer is: it must be left out for every model alike.
+    texts = ["" if completion.truncated else completion.text for _, completion in waiting]
+    verdicts = judge(texts, [draw.problem.gold for draw, _ in waiting])
     records = []
-    for draw, completion in waiting:
+    for (draw, completion), correct in zip(waiting, verdicts, strict=True):
         record: Record = {"problem": draw.problem.index, "hash": draw.problem.hash, "sample": draw.sample}
         record |= {"seed": draw.seed, "tokens": completion.tokens, "truncated": completion.truncated}
-        record["correct"] = False if completion.truncated else next(verdicts)
+        record["correct"] = correct
         records.append(record | ({"completion": completion.text} if save_completions else {}))
     return records

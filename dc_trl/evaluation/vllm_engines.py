@@ -6,8 +6,9 @@ applies to requests that are silent about them, are switched off.
 """
 
 import importlib.util
+import queue
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +116,9 @@ class ServerEngine:
 
         self.base_url = self.base_url.rstrip("/").removesuffix("/v1")
         self._session = requests.Session()
-        self._session.mount(self.base_url, PatientAdapter(self.timeout))
+        adapter = PatientAdapter(self.timeout)
+        adapter.init_poolmanager(1, self.concurrency)  # or connections beyond 64 are closed after each request
+        self._session.mount(self.base_url, adapter)
         try:
             answer = requests.get(f"{self.base_url}/v1/models", timeout=self.timeout)
             answer.raise_for_status()
@@ -141,13 +144,34 @@ class ServerEngine:
         Raises:
             ConnectionError: the server is gone, or refused a request.
         """
-        threads = ThreadPoolExecutor(self.concurrency)
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
+        stopped = threading.Event()
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    place = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    done.put((place, self._draw(requests[place], max_tokens)))
+                except Exception as error:
+                    done.put((place, error))
+
+        for place in range(len(requests)):
+            waiting.put(place)
         try:
-            places = {threads.submit(self._draw, request, max_tokens): i for i, request in enumerate(requests)}
-            for done in as_completed(places):
-                yield places[done], done.result()
+            for _ in range(min(self.concurrency, len(requests))):
+                # Daemons: a pool's threads would keep an interrupted process until every answer under way is there.
+                threading.Thread(target=work, daemon=True).start()
+            for _ in requests:
+                place, outcome = done.get()
+                if isinstance(outcome, Exception):
+                    raise outcome
+                yield place, outcome
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
 
     def _draw(self, request: Request, max_tokens: int) -> Completion:
         import requests

@@ -31,6 +31,8 @@ def report_command(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     output = args.output or args.runs[0] / REPORT_FILE
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a directory: name a file in it.")
     text = build_report(args.runs, args.tokens_step)
     try:
         _write(output, text)

@@ -57,13 +57,21 @@ def color(index: int) -> str:
 def never_logged(panel: Panel, runs: list[Run]) -> list[str]:
     """The panel's keys, evaluation's apart, that no run logged a finite value of."""
     keys = [series.key for row in panel.rows for series in row.series if series.kind != POINTS]
-    return [key for key in keys if not any(is_finite(value) for run in runs for value in points(run, key)[1])]
+    return [key for key in keys if not _is_logged(key, runs)]
+
+
+def _is_logged(key: str, runs: list[Run]) -> bool:
+    return any(is_finite(entry.get(key)) for run in runs for entry in run.entries)
+
+
+def _has_values(series: Series, runs: list[Run]) -> bool:
+    """Whether a series is worth an axis: a limit alone is not."""
+    return series.kind in (MAIN, POINTS) and _is_logged(series.key, runs)
 
 
 def figure(panel: Panel, runs: list[Run]) -> dict[str, Any] | None:
     """The panel as a plotly figure: a row for each quantity, all runs in it; None if none of its keys was logged."""
-    missing = set(never_logged(panel, runs))
-    rows = [row for row in panel.rows if not {series.key for series in row.series if series.kind == MAIN} <= missing]
+    rows = [row for row in panel.rows if any(_has_values(series, runs) for series in row.series)]
     if not rows:
         return None
     data: list[dict[str, Any]] = []
@@ -163,7 +171,8 @@ def calibrated_until(run: Run) -> int | None:
 
 def halvings(run: Run) -> list[int]:
     """The steps whose entries are the first with a lower `length_decay/lr_scale`."""
-    scales = [(e["step"], e["length_decay/lr_scale"]) for e in run.entries if "length_decay/lr_scale" in e]
+    key = "length_decay/lr_scale"
+    scales = [(entry["step"], entry[key]) for entry in run.entries if is_finite(entry.get(key))]
     return [step for (_, before), (step, after) in zip(scales, scales[1:], strict=False) if after < before]
 
 
@@ -174,9 +183,9 @@ def _mark(layout: dict[str, Any], marks: str, run: Run, run_color: str, count: i
         layout["shapes"].append(_stretch(until, run_color, 0.1 / count))
     if marks == "decay":
         surge = last(run, "length_decay/surge_step")
-        if surge is not None:
+        if is_finite(surge):
             layout["shapes"].append(_upright(surge, "var(--limit)" if named else run_color, "solid"))
-        if surge is not None and named:
+        if is_finite(surge) and named:
             layout["annotations"].append(_caption(f" surge, {surge:.0f}", surge, 1, xref="x", yanchor="top"))
         layout["shapes"] += [_upright(step, "var(--muted)" if named else run_color, "dot") for step in halvings(run)]
 

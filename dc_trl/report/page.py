@@ -155,10 +155,8 @@ def _panel(panel: Panel, drawn: dict[str, Any] | None, runs: list[Run]) -> str:
 
 def _drawn_as(panel: Panel, runs: list[Run]) -> str:
     """Which line is what, where an axis has several."""
-    missing = set(never_logged(panel, runs))
-    rows = [
-        [s for s in row.series if s.key not in missing and any(last(r, s.key) for r in runs)] for row in panel.rows
-    ]
+    logged = {key for run in runs for entry in run.entries for key in entry} - set(never_logged(panel, runs))
+    rows = [[series for series in row.series if series.key in logged] for row in panel.rows]
     parts = [f"{STYLES[series.kind]}: {escaped(series.label)}" for row in rows if len(row) > 1 for series in row]
     return "; ".join(parts).capitalize() + "." if parts else ""
 

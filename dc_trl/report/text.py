@@ -66,7 +66,10 @@ def number(value: Any, digits: int = 4) -> str:
 
 def is_finite(value: Any) -> bool:
     """Whether a logged value is a number that can be drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
 
 
 def duration(seconds: float) -> str:

@@ -204,6 +204,7 @@
       `different, ${chosen.length} shown; ${total.tokens.toLocaleString("en")} tokens; d is ${step.metric}. The shading is full at the 99th ` +
       "percentile of the step. Dotted and grey: not valid. ↵ stands for a newline, ⟨U+…⟩ for what cannot be seen.";
     find("top-tokens").replaceChildren(...step.top[shade].map(topRow));
+    find("top-none").hidden = step.top[shade].length > 0;
     completions.replaceChildren(...chosen.map(card));
     Charts.draw(find("chart-buckets"), step.figure);
   }

@@ -61,6 +61,9 @@ class _Log:
         table = pq.ParquetFile(path).read(columns=SCHEMA.names)
         if missing := set(SCHEMA.names) - set(table.column_names):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+        wrong = [kind.name for kind in SCHEMA if table[kind.name].type != kind.type or table[kind.name].null_count]
+        if wrong:
+            raise ValueError(f"its column {', '.join(wrong)} holds other values than a token log")
         if not table.num_rows:
             raise ValueError("it holds no token")
         table = table.sort_by([("completion", "ascending"), ("position", "ascending")])
@@ -75,6 +78,11 @@ class _Log:
         """The rows of a completion."""
         end = self.starts[group + 1] if group + 1 < len(self.starts) else len(self.group)
         return slice(int(self.starts[group]), int(end))
+
+    def length(self, group: int) -> int:
+        """Tokens of a completion."""
+        rows = self.rows(group)
+        return rows.stop - rows.start
 
     def texts(self, rows: slice) -> list[str]:
         """The tokens of a stretch, fit to be shown."""
@@ -103,11 +111,11 @@ def token_view(folders: list[Path], runs: list[Run], wanted: int | None = None) 
     view = TokenView()
     available = [token_logs(folder) for folder in folders]
     planned = sum(min(1 if wanted is not None else STEPS, len(paths)) for paths in available)
-    share = TOKENS // max(planned * COMPLETIONS, 1)
+    budget = TOKENS // max(planned, 1)
     for index, (run, paths) in enumerate(zip(runs, available, strict=True)):
         metric = visible(str(run.settings.get("discrepancy_metric", "prob_diff")), NAME_LIMIT)
         for step, log in _chosen(paths, wanted, view.notes):
-            view.steps.append({"run": index, "step": step, "metric": metric} | _step(log, share))
+            view.steps.append({"run": index, "step": step, "metric": metric} | _step(log, budget))
     if wanted is not None and not view.steps:
         steps = sorted({step for paths in available for step in paths})[-TOP:]
         there = ", ".join(map(str, steps)) or "none (train with `log_tokens=True`)"
@@ -140,20 +148,22 @@ def _chosen(paths: dict[int, Path], wanted: int | None, notes: list[str]) -> Ite
             break
 
 
-def _step(log: _Log, share: int) -> dict[str, Any]:
+def _step(log: _Log, budget: int) -> dict[str, Any]:
     valid = log.columns["valid"]
     finite = valid & np.isfinite(log.columns["discrepancy"])
     counts = np.maximum(np.bincount(log.group, weights=valid), 1)
     means = np.bincount(log.group, weights=np.where(valid, log.columns["discrepancy"], 0)) / counts
+    means = np.where(np.isnan(means), np.inf, means)  # a NaN is the worst there is: it must not sort behind all others
     different = _different(log, means)
+    selected = _selected(different)
+    share = _share([log.length(group) for group, _ in selected], budget)
     sizes = {"discrepancy": log.columns["discrepancy"], "log_ratio": np.abs(log.columns["log_ratio"])}
     sizes = {name: np.where(valid & ~np.isnan(size), size, 0) for name, size in sizes.items()}
     return {
         "total": {"completions": len(means), "different": len(different), "tokens": len(valid)},
         "scale": {name: _scale(size[valid & np.isfinite(size)]) for name, size in sizes.items()},
         "completions": [
-            _completion(log, group, float(means[group]), share) | {"times": times}
-            for group, times in _selected(different)
+            _completion(log, group, float(means[group]), share) | {"times": times} for group, times in selected
         ],
         "top": {name: _top(log, size) for name, size in sizes.items()},
         "figure": _histogram(log.columns["mu"][finite], log.columns["discrepancy"][finite]),
@@ -177,6 +187,16 @@ def _selected(order: list[Any]) -> list[Any]:
     half = COMPLETIONS // 2
     others = order[half:]
     return order[:half] + [others[i] for i in np.linspace(0, len(others) - 1, COMPLETIONS - half).astype(int)]
+
+
+def _share(lengths: list[int], budget: int) -> int:
+    """The most tokens that each completion may show: what short ones leave of the budget, long ones get."""
+    for place, length in enumerate(sorted(lengths)):
+        share = budget // (len(lengths) - place)
+        if length > share:
+            return share
+        budget -= length
+    return max(lengths)
 
 
 def _scale(sizes: np.ndarray) -> float:
@@ -251,4 +271,4 @@ def _histogram(mu: np.ndarray, discrepancy: np.ndarray) -> dict[str, Any]:
     marks |= {"marker": {"symbol": "line-ew-open", "size": 16, "color": "var(--limit)", "line": {"width": 2}}}
     title = {"text": "sampling probability μ"}
     axis = {"type": "category", "nticks": len(names), "title": title}
-    return {"data": [bars, marks], "layout": {"xaxis": axis, "showlegend": True}}
+    return {"data": [bars, marks], "layout": {"xaxis": axis, "yaxis": {"rangemode": "tozero"}, "showlegend": True}}
