@@ -104,14 +104,20 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
             dataset = load_dataset(name if path is None else str(path), config, split=split)
         else:
             dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
+    except StopIteration as error:  # what `datasets` raises for a JSON file without a row
+        raise _empty(name, split) from error
     except Exception as error:  # `datasets` raises many kinds: no network, no such dataset, broken file, no such split
         raise DatasetError(
             f"Could not load split {split!r} of {name}: {type(error).__name__}: {error}. Check name, split and "
             "network, or give the path of a local .jsonl or .parquet file."
         ) from error
     if len(dataset) == 0:
-        raise DatasetError(f"{name} is empty: there is nothing to train on. Check the file and the split {split!r}.")
+        raise _empty(name, split)
     return dataset
+
+
+def _empty(name: str, split: str) -> DatasetError:
+    return DatasetError(f"{name} is empty: there are no problems in it. Check the file and the split {split!r}.")
 
 
 def _column(dataset: Dataset, name: str, given: str | None, known: tuple[str, ...], what: str) -> str:

@@ -102,6 +102,12 @@ def test_says_which_row_is_wrong(tmp_path: Path, row: dict[str, Any], message: s
         load_math_dataset(write(tmp_path / "x.jsonl", [row]))
 
 
+def test_says_that_a_file_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("")
+    with pytest.raises(DatasetError, match="x.jsonl is empty: there are no problems"):
+        load_math_dataset(str(tmp_path / "x.jsonl"))
+
+
 def test_says_which_file_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("missing.jsonl", "./missing", "/no/such/data", "a/b/c"):

@@ -47,11 +47,16 @@ def card_of(folder: Path, log: list[dict[str, Any]], tolerance: float | None = N
 
 
 def write_result(
-    folder: Path, benchmark: str, mean: float | None, stderr: float | None, limit: int | None = None
+    folder: Path,
+    benchmark: str,
+    mean: float | None,
+    stderr: float | None,
+    limit: int | None = None,
+    settings: str = "0",
 ) -> None:
     result = {"benchmark": benchmark, "title": benchmark.upper(), "dataset": f"someone/{benchmark}", "config": None}
     result |= {"split": "test", "metric": "avg@4", "samples": 4, "limit": limit, "temperature": 0.7, "top_p": 1.0}
-    result |= {"max_tokens": 64, "engine": "vllm", "precision": "bf16", "settings": "0", "problems": 8}
+    result |= {"max_tokens": 64, "engine": "vllm", "precision": "bf16", "settings": settings, "problems": 8}
     result |= {"time": "2026-11-21T10:00:00+00:00", "mean": mean, "stderr": stderr}
     path = folder / "evaluation" / "results.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -109,6 +114,14 @@ def test_benchmark_scores_survive_each_new_card(tmp_path: Path) -> None:
     assert (result.dataset_type, result.metric_name, result.metric_value) == ("someone/sums", "avg@4", 75.0)
     assert card.data.model_name == "tiny"
     assert "| SUMS, avg@4 | 75.0 | 8 |" in card.text and "| OTHER, avg@4 | none |" in card.text
+
+
+def test_scores_of_other_weights_replace_the_old_ones(tmp_path: Path) -> None:
+    write_result(tmp_path, "sums", 0.5, 0.02, settings="of the old weights")
+    write_result(tmp_path, "sums", 0.75, 0.02, settings="of the new weights")
+    card = card_of(tmp_path, [entry(1)])
+    assert [result.metric_value for result in card.data.eval_results] == [75.0]
+    assert card.text.count("| SUMS, avg@4 |") == 1 and "50.0" not in card.text
 
 
 def test_scores_of_a_part_and_of_nothing(tmp_path: Path) -> None:
