@@ -120,7 +120,7 @@ def test_scores_of_other_weights_replace_the_old_ones(tmp_path: Path) -> None:
     write_result(tmp_path, "sums", 0.5, 0.02, settings="of the old weights")
     write_result(tmp_path, "sums", 0.75, 0.02, settings="of the new weights")
     card = card_of(tmp_path, [entry(1)])
-    assert [result.metric_value for result in card.data.eval_results] == [75.0]
+    assert [result.metric_value for result in card.data.eval_results] == [75.0, 2.0]  # and its standard error
     assert card.text.count("| SUMS, avg@4 |") == 1 and "50.0" not in card.text
 
 
