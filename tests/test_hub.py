@@ -150,14 +150,17 @@ def test_the_command_pushes(tmp_path: Path) -> None:
     pytest.importorskip("math_verify")
     runpy.run_path(str(ROOT / "examples" / "make_tiny_policy.py"))["main"](tmp_path / "outputs/tiny")
     recipe = str(ROOT / "examples" / "configs" / "tiny_cpu.yaml")
-    flags = ("--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "true", "--push_to_hub", "true")
+    flags = ("--max_steps", "2", "--disable_tqdm", "true", "--push_to_hub", "true")
+    saves = ("--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "1")
     with HubStandIn() as hub:
-        client(hub, tmp_path, "-m", "dc_trl", "train", "--config", recipe, *flags)
+        client(hub, tmp_path, "-m", "dc_trl", "train", "--config", recipe, *flags, *saves)
         (repository,) = hub.repositories.values()
     assert {"README.md", "curves.png", "log.jsonl", "tokenizer.json", "config.json"} <= set(repository.files)
     for name in ("model.safetensors", "curves.png", "README.md"):
         assert repository.files[name] == (tmp_path / "outputs/tiny/run" / name).read_bytes()
     assert b"## Discrepancy constraint" in repository.files["README.md"]
+    first = next(commit for commit in repository.commits if commit.message == "Training in progress, step 1")
+    assert {"README.md", "curves.png", "model.safetensors"} <= set(first.files)  # `hub_strategy="every_save"`
     with HubStandIn() as hub:
         hub.refuse = {"/commit/": (403, "this token has no write access")}
         said = client(hub, tmp_path, "-m", "dc_trl", "train", "--config", recipe, *flags, status=2)
