@@ -112,6 +112,19 @@ def test_every_chart_is_drawn(browser: Browser, plain: Path) -> None:
         assert page.locator("#chart-buckets .bars path").count() > 0
 
 
+def test_no_button_sends_anything_away_or_hides_a_title(browser: Browser, plain: Path) -> None:
+    with Visit(browser, plain, width=390) as page:
+        for chart in page.locator("[data-figure]").all():
+            chart.hover()
+            buttons = [button.get_attribute("data-title") for button in chart.locator(".modebar-btn").all()]
+            assert buttons == ["Download plot as a PNG", "Zoom", "Pan", "Reset axes"]
+            bar, titles = chart.locator(".modebar").bounding_box(), chart.locator(".infolayer .annotation").all()
+            assert titles
+            for box in (title.bounding_box() for title in titles):
+                beside = box["x"] + box["width"] <= bar["x"] or bar["x"] + bar["width"] <= box["x"]
+                assert beside or box["y"] >= bar["y"] + bar["height"] or box["y"] + box["height"] <= bar["y"]
+
+
 def test_pointing_at_a_token_shows_its_probabilities(browser: Browser, plain: Path) -> None:
     with Visit(browser, plain) as page:
         tip = page.locator("#tip")

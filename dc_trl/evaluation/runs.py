@@ -89,7 +89,7 @@ class Evaluation:
         if room < 1:
             raise UsageError(
                 f"{benchmark.name}: a prompt of {longest} tokens fills the context of {self.engine.context} tokens. "
-                "Use a model or an engine with a longer context."
+                "Use a shorter --prompt_template, or a model or an engine with a longer context."
             )
         if room < self.args.max_tokens:
             print(

@@ -46,9 +46,10 @@ const Charts = (() => {
     drawn.set(element, figure);
     const styles = getComputedStyle(document.body);
     const layout = { ...resolved(figure.layout, styles), template: template(styles), autosize: true };
+    // Named one by one: by default plotly.js 4 has a button that uploads the chart to its maker's cloud.
     const config = {
-      responsive: true, displaylogo: false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+      responsive: true, displaylogo: false, plotlyServerURL: "",
+      modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["resetScale2d"]],
     };
     return Plotly.react(element, resolved(figure.data, styles), layout, config);
   }

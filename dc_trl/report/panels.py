@@ -70,7 +70,7 @@ MAIN_PANELS = (
         "reward shows it.",
         (
             Row(
-                "mean, and one standard deviation of the batch",
+                "mean ± standard deviation",
                 (Series("reward", "training", band="reward_std"), Series("eval_reward", "evaluation", POINTS)),
             ),
         ),
@@ -143,7 +143,7 @@ TAIL_PANELS = (
     _tail(
         "importance_ratio",
         "Importance ratio π/μ",
-        "smallest and largest, not clipped",
+        "π/μ, not clipped",
         "Largest below 2, the clip: nothing is clipped. Smallest near 0: tokens the trainer finds impossible.",
         Series("dc/importance_ratio/max", "largest"),
         Series("dc/importance_ratio/min", "smallest", SECOND),
@@ -158,14 +158,14 @@ TAIL_PANELS = (
     _tail(
         "chi2_token",
         "χ² per token",
-        "mean of (π/μ)², minus 1",
+        "mean of (π/μ)² − 1",
         "Around 0; alert above 1 (verl). Clearly below 0 in every batch: truncated sampling.",
         Series("dc/chi2_token", "χ²"),
     ),
     _tail(
         "chi2_seq",
         "χ² per sequence",
-        "mean of the product of (π/μ)², minus 1",
+        "mean of Π(π/μ)² − 1",
         "Grows with length; no range published. Large: sequence-level importance sampling has no usable variance.",
         Series("dc/chi2_seq", "χ²"),
     ),
@@ -179,7 +179,7 @@ TAIL_PANELS = (
     _tail(
         "log_ppl_abs_diff",
         "|Δ log perplexity|",
-        "nats per trajectory, a sum",
+        "nats, summed",
         "Flat. Rises at equal length: lower the learning rate. Rises with length alone: nothing new.",
         Series("dc/log_ppl_abs_diff", "sum over tokens"),
     ),
