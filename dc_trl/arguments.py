@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dc_trl.cli import UsageError
+from dc_trl.cli import UsageError, model_directory
 from dc_trl.data import DatasetError, local_path
 
 # In a wheel the configurations lie in the package, in a checkout beside it.
@@ -146,9 +146,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("no data: set dataset_name in the YAML file or by --dataset_name.")
     if str(options.eval_strategy) not in ("no", "IntervalStrategy.NO") and not options.eval_dataset_name:
         raise UsageError("eval_strategy is on, but eval_dataset_name is not set: name it, or use eval_strategy: no.")
-    model = options.model_name_or_path
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
-        raise UsageError(f"the model directory {model} does not exist (looked from {Path.cwd()}).")
+    model_directory(options.model_name_or_path)
     try:
         for name in filter(None, (options.dataset_name, options.eval_dataset_name)):
             local_path(name)

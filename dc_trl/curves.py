@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+
+from dc_trl.plotting import BLUE, ORANGE, TEXT, VERMILION, dress, new_figure, save_png
+from dc_trl.run_log import is_finite
 
 Log = Sequence[dict[str, Any]]
 
@@ -33,12 +32,8 @@ _EVALUATED = ("reward", DISCREPANCY, "entropy", "completions/mean_length")
 
 _COLUMNS = 3
 _PANEL_INCHES = (3.3, 2.3)
-_DPI = 105
-_COLOURS = 192
 # Fewer points than this are marked one by one: a line between two of them would say too much.
 _MARKED = 20
-# From a palette that colour-blind readers can tell apart (Okabe and Ito).
-_TRAIN, _EVAL, _LIMIT, _TEXT = "#0072B2", "#E69F00", "#D55E00", "#333333"
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Series:
 
 def series(log_history: Log, key: str) -> Series:
     """What was logged under a key. Entries without it, and values that are null or not finite, are left out."""
-    points = [(entry["step"], float(entry[key])) for entry in log_history if _is_number(entry.get(key))]
+    points = [(entry["step"], float(entry[key])) for entry in log_history if is_finite(entry.get(key))]
     return Series([step for step, _ in points], [value for _, value in points])
 
 
@@ -74,44 +69,30 @@ def save_curves(log_history: Log, tolerance: float | None, path: Path) -> bool:
     columns = min(_COLUMNS, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     width, height = _PANEL_INCHES
-    # A canvas of its own: neither pyplot's list of figures nor the display that a notebook chose is touched.
-    figure = Figure(figsize=(width * columns, height * rows), dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure, axes = new_figure(rows, columns, width * columns, height * rows)
     for axis, (title, key) in zip(axes, drawn.items(), strict=False):
         limit = tolerance if key == DISCREPANCY else None
         evaluation = series(log_history if key in _EVALUATED else (), f"eval_{key}")
         _panel(axis, title, series(log_history, key), evaluation, limit)
     for axis in axes[len(drawn) :]:
         axis.set_axis_off()
-    canvas.draw()
-    # Fewer colours than anti-aliasing makes: some half of the size, and it looks the same.
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    image.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE).save(path, "PNG", optimize=True)
+    save_png(figure, path)
     return True
 
 
 def _panel(axis: Axes, title: str, train: Series, evaluation: Series, limit: float | None) -> None:
     marker = "o" if len(train.steps) < _MARKED else ""
-    axis.plot(train.steps, train.values, color=_TRAIN, linewidth=1.3, marker=marker, markersize=3, label="training")
+    axis.plot(train.steps, train.values, color=BLUE, linewidth=1.3, marker=marker, markersize=3, label="training")
     if evaluation.steps:
-        axis.plot(evaluation.steps, evaluation.values, "D", color=_EVAL, markersize=4, label="evaluation")
+        axis.plot(evaluation.steps, evaluation.values, "D", color=ORANGE, markersize=4, label="evaluation")
     if limit is not None:
-        axis.axhline(limit, color=_LIMIT, linestyle="--", linewidth=1.2, label=f"tolerance {limit:.3g}")
+        axis.axhline(limit, color=VERMILION, linestyle="--", linewidth=1.2, label=f"tolerance {limit:.3g}")
     if evaluation.steps or limit is not None:
-        axis.legend(fontsize=7, frameon=False, labelcolor=_TEXT)
+        axis.legend(fontsize=7, frameon=False, labelcolor=TEXT)
     values = [*train.values, *evaluation.values, *([] if limit is None else [limit])]
     if min(values) >= 0:
         axis.set_ylim(0, 1.08 * max(values) or 1.0)  # an axis that starts elsewhere makes noise look like a trend
-    axis.set_title(title, fontsize=10, loc="left", color=_TEXT)
-    axis.set_xlabel("optimizer step", fontsize=8, color=_TEXT)
+    dress(axis, title, "optimizer step")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.tick_params(labelsize=8, colors=_TEXT)
     axis.ticklabel_format(axis="y", scilimits=(-3, 4))
-    axis.yaxis.get_offset_text().set_fontsize(8)
     axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -14,6 +14,7 @@ from dc_trl.config import DCGRPOConfig
 from dc_trl.curves import DISCREPANCY, save_curves, series
 from dc_trl.evaluation.card import model_index_results
 from dc_trl.evaluation.results import newest_results, read_results, score
+from dc_trl.rollouts.names import engine_name
 
 CARD = "README.md"
 CURVES = "curves.png"
@@ -99,8 +100,7 @@ def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float) ->
         "tolerance": _tolerance(args, tolerance),
         "multiplier: initial, now, maximum": f"{args.multiplier_init}, {_number(multiplier)}, {args.multiplier_max}",
         "dual learning rate": args.dual_lr,
-        "rollout engine": f"{_engine(args)}, precision: "
-        f"{args.rollout_precision or 'as trained or as the engine loads it'}",
+        "rollout engine": engine_name(vars(args)),
         "importance sampling": args.vllm_importance_sampling_mode if corrected else "none",
         "length-decay": args.length_decay,
         "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
@@ -149,14 +149,6 @@ def _benchmarks(results: Iterable[dict[str, Any]]) -> str:
     ]
     titles = ("benchmark", "score, %", "problems", "temperature, top-p, max tokens", "engine, precision", "evaluated")
     return f"### Benchmarks\n\n{_table(titles, rows)}" if rows else ""
-
-
-def _engine(args: DCGRPOConfig) -> str:
-    if args.rollout_backend == "transformers":
-        engine = "in-process transformers"
-    else:
-        engine = "vLLM" if args.use_vllm else "rollout_func or TRL's generation"
-    return f"{engine} with {args.vllm_engine_kwargs}" if args.vllm_engine_kwargs else engine
 
 
 def _tolerance(args: DCGRPOConfig, tolerance: float | None) -> str:

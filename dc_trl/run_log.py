@@ -7,6 +7,7 @@ the reader knows which entries a resumed run repeats.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dc_trl.json_lines import append_lines, mend_end
 
 LOG_FILE = "log.jsonl"
 STATE_FILE = "trainer_state.json"
@@ -42,7 +45,7 @@ class RunLogCallback(TrainerCallback):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"step": state.global_step, "time": now, "max_steps": state.max_steps, "model": model}
         if state.is_world_process_zero:
-            _drop_cut_off_line(Path(str(args.output_dir), LOG_FILE))
+            mend_end(Path(str(args.output_dir), LOG_FILE))
         self._append(args, state, {"start": start | {"settings": settings}})
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -51,16 +54,7 @@ class RunLogCallback(TrainerCallback):
 
     def _append(self, args: TrainingArguments, state: TrainerState, line: dict[str, Any]) -> None:
         if state.is_world_process_zero:
-            path = Path(str(args.output_dir), LOG_FILE)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, default=str) + "\n")
-
-
-def _drop_cut_off_line(path: Path) -> None:
-    """Ends the log at its last whole line: a run that was killed may have left a part of one."""
-    if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
+            append_lines(Path(str(args.output_dir), LOG_FILE), [line])
 
 
 @dataclass
@@ -129,6 +123,14 @@ def _read_log(folder: Path) -> Run:
         else:
             run.entries.append(line)
     return run
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a logged value is a number that can be drawn."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

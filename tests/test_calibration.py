@@ -135,7 +135,8 @@ def test_a_healthy_engine_gets_a_tolerance(calibrate: Any, recipe: Path, tmp_pat
 def test_every_precision_is_healthy(calibrate: Any, precision: str) -> None:
     run = calibrate(precision=precision)
     assert run.status == 0 and run.found["discrepancy_tolerance"] > run.found["floor"]["value"]
-    print(f"{precision}: {run.messages['sync']}")  # docs/calibration.md quotes them: pytest -rP
+    # docs/calibration.md and calibration/checks.py quote them: pytest -rP
+    print(f"{precision}: {run.messages['sync']} {run.messages['temperature']}")
 
 
 def test_the_weights_are_put_back_to_the_bit(calibrate: Any) -> None:
@@ -188,6 +189,7 @@ FAULTS: dict[str, tuple[Callable[[DCGRPOTrainer], None], list[str], str]] = {
     "corrupting sync": (twice_quantised, [], "repeat"),
     "raw log-probs at temperature 0.7": (raw_logprobs, ["--temperature", "0.7"], "temperature"),
     "raw log-probs at temperature 1": (raw_logprobs, [], "temperature"),
+    "raw log-probs at int4": (raw_logprobs, ["--rollout_precision", "int4"], "temperature"),
     "another temperature": (engine_temperature(0.9), [], "temperature"),
     "NaN": (unscored, [], "scored tokens"),
 }

@@ -84,7 +84,7 @@ def test_the_card_comes_back(pushed: tuple[Path, dict[str, Any]]) -> None:
             "arXiv:2606.08779",
             "arXiv:2602.01826",
             "| constraint | lagrangian |",
-            "precision: int4 |",
+            "| rollout engine | in-process transformers, int4 |",
             "| dual learning",
         ),
         f"| tolerance | {report['tolerance']:.4g} (calibrated: 1.25 × the mean of the first 2 generation batches) |",

@@ -14,6 +14,7 @@ from PIL import Image
 from dc_trl import DCGRPOConfig
 from dc_trl.curves import PANELS, save_curves, series
 from dc_trl.model_card import complete, copy_card, with_section
+from dc_trl.rollouts.names import engine_name
 
 # Of TRL's template, what matters here.
 TRL_CARD = """\
@@ -191,3 +192,18 @@ def _reference(folder: Path) -> Path:
     """A picture of one panel."""
     save_curves([entry(1) | {"dc/discrepancy/mean": None}], None, folder / "reference.png")
     return folder / "reference.png"
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"rollout_backend": "transformers", "rollout_precision": "int4"}, "in-process transformers, int4"),
+        ({"rollout_backend": "transformers"}, "in-process transformers, as trained"),
+        ({"use_vllm": True, "vllm_mode": "server", "weight_sync": "disk"}, "vLLM server, weights over disk"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vLLM server"),
+        ({"use_vllm": True, "vllm_engine_kwargs": {"quantization": "fp8"}}, "vLLM colocated (quantization=fp8)"),
+        ({"rollout_backend": "vllm", "use_vllm": False}, "TRL's generation or a rollout_func"),
+    ],
+)
+def test_every_engine_has_a_name(settings: dict[str, Any], name: str) -> None:
+    assert engine_name(settings) == name

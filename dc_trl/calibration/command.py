@@ -14,11 +14,12 @@ from dc_trl.arguments import CommandLine, TrainArguments, make_parser
 from dc_trl.calibration import checks
 from dc_trl.calibration.checks import Plan, Recommendation, Verdict
 from dc_trl.calibration.measure import Measurement, Recording, measure
-from dc_trl.calibration.output import Calibration, as_text, engine_name, hardware, save, versions
+from dc_trl.calibration.output import Calibration, as_text, hardware, save, versions
 from dc_trl.calibration.recipe import check_recipe, set_tolerance
 from dc_trl.calibration.scores import describe, mean_discrepancy
 from dc_trl.cli import UsageError
 from dc_trl.rollouts.factory import check_log_prob_source
+from dc_trl.rollouts.names import engine_name
 from dc_trl.training import build_trainer, load_data
 
 # What a measurement must not do, or does not need: constrain, report, save, hold a reference model, drop groups (all
@@ -120,7 +121,8 @@ def calibrate(script: CalibrateArguments, training: Any, model: Any) -> Calibrat
     """
     started = time.monotonic()
     work = Path(str(training.output_dir), "calibration-work")
-    run: dict[str, Any] = {"model": str(model.model_name_or_path), "engine": engine_name(training)}
+    server = training.vllm_server_base_url or f"{training.vllm_server_host}:{training.vllm_server_port}"
+    run: dict[str, Any] = {"model": str(model.model_name_or_path), "engine": engine_name(vars(training), server)}
     run["settings"] = _settings(training)
     try:
         with training.main_process_first(desc="loading the data"):

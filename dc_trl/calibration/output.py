@@ -15,10 +15,9 @@ import torch
 from dc_trl import __version__
 from dc_trl.calibration.checks import FAIL, Plan, Recommendation, Verdict, healthy
 from dc_trl.calibration.measure import Measurement
-from dc_trl.calibration.scores import describe, mean_discrepancy
+from dc_trl.calibration.scores import SYMBOLS, describe, mean_discrepancy
 
 JSON_FILE = "calibration.json"
-METRICS = {"prob_diff": "|π − μ|", "prob_ratio": "|π/μ − 1|", "logprob_diff": "|log π − log μ|"}
 # Tolerances of arXiv 2606.08779 (secondary source), of |π − μ|, on its authors' stack.
 SCALE = "For scale: 0.0037 on Qwen3-8B, 0.0050 on Qwen3-30B-A3B, on the authors' stack (secondary source)."
 
@@ -65,17 +64,6 @@ def hardware(processes: int) -> str:
     if torch.accelerator.is_available():
         return f"{processes} × {torch.accelerator.current_accelerator()}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
-
-
-def engine_name(args: Any) -> str:
-    """The engine that samples, in words, from a `DCGRPOConfig`."""
-    if args.rollout_backend == "transformers":
-        return f"in-process transformers, {args.rollout_precision or 'as trained'}"
-    if args.vllm_mode == "server":
-        url = args.vllm_server_base_url or f"{args.vllm_server_host}:{args.vllm_server_port}"
-        return f"vLLM server {url}, weights over {args.weight_sync}"
-    options = ", ".join(f"{key}={value}" for key, value in (args.vllm_engine_kwargs or {}).items())
-    return f"vLLM colocated{options and f' ({options})'}"
 
 
 def as_json(found: Calibration) -> str:
@@ -142,7 +130,7 @@ def _size(found: Calibration, table: dict[str, Any]) -> list[str]:
         f"  2 passes, {table['completions']} completions of {table['problems']} problems, {table['tokens']:,} tokens",
         f"  {table['mean_length']:.0f} tokens a completion, {table['cut_fraction']:.0%} cut at max_completion_length",
         f"  {found.run['hardware']}, {found.run['seconds']:.0f} s",
-        f"  floor: mean {METRICS[found.plan.metric]} by {found.plan.average} {floor.value:.4g} ± {floor.stderr:.1g} "
+        f"  floor: mean {SYMBOLS[found.plan.metric]} by {found.plan.average} {floor.value:.4g} ± {floor.stderr:.1g} "
         "(standard error)",
     ]
 
@@ -150,17 +138,17 @@ def _size(found: Calibration, table: dict[str, Any]) -> list[str]:
 def _metrics(table: dict[str, Any]) -> list[str]:
     columns = ("mean", "p50", "p99", "max")
     lines = [f"{'discrepancy of a token':32}" + "".join(f"{column:>11}" for column in columns)]
-    for metric, symbol in METRICS.items():
+    for metric, symbol in SYMBOLS.items():
         cells = "".join(f"{_number(table['metrics'][metric][column]):>11}" for column in columns)
         lines.append(f"  {metric:14}{symbol:16}{cells}")
     return lines
 
 
 def _bins(title: str, rows: list[dict[str, Any]], edge: Any) -> list[str]:
-    lines = [f"{title:20}{'tokens':>11}" + "".join(f"{metric:>14}" for metric in METRICS)]
+    lines = [f"{title:20}{'tokens':>11}" + "".join(f"{metric:>14}" for metric in SYMBOLS)]
     for row in rows:
         label = f"{edge(row['from'])} to {edge(row['to'])}"
-        cells = "".join(f"{_number(row[metric]):>14}" for metric in METRICS)
+        cells = "".join(f"{_number(row[metric]):>14}" for metric in SYMBOLS)
         lines.append(f"  {label:18}{row['tokens']:>11,}{cells}")
     return lines
 

@@ -6,20 +6,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from dc_trl.calibration.checks import Plan
-from dc_trl.calibration.scores import Scores, describe, mean_discrepancy
+from dc_trl.calibration.scores import SYMBOLS, Scores, describe, mean_discrepancy
+from dc_trl.plotting import BLUE, LIGHT_BLUE, TEXT, VERMILION, dress, new_figure, save_png
 
 PICTURE_FILE = "calibration.png"
 
-_SYMBOLS = {"prob_diff": "|π − μ|", "prob_ratio": "|π/μ − 1|", "logprob_diff": "|log π − log μ|"}
 _BINS = 48
 # What is drawn at the left end of the axis: anything smaller, an exact 0 included, is agreement.
 _SMALLEST = 1e-9
-# From a palette that colour-blind readers can tell apart (Okabe and Ito).
-_BAR, _FLOOR, _LIMIT, _TEXT = "#56B4E9", "#0072B2", "#D55E00", "#333333"
 
 
 def save_picture(scores: Scores, plan: Plan, tolerance: float | None, title: str, path: Path) -> None:
@@ -33,12 +29,9 @@ def save_picture(scores: Scores, plan: Plan, tolerance: float | None, title: str
         path: of the PNG.
     """
     table = describe(scores)
-    # A canvas of its own: pyplot's list of figures and the display that a notebook chose are not touched.
-    figure = Figure(figsize=(13, 3.9), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
-    figure.suptitle(title, fontsize=11, color=_TEXT)
-    symbol = _SYMBOLS[plan.metric]
+    figure, axes = new_figure(1, 3, 13, 3.9)
+    figure.suptitle(title, fontsize=11, color=TEXT)
+    symbol = SYMBOLS[plan.metric]
     values = scores.discrepancy(plan.metric)[scores.valid].double().numpy()
     floor = mean_discrepancy(scores, plan.metric, plan.average).value
     _histogram(axes[0], values, floor, tolerance, symbol)
@@ -46,46 +39,42 @@ def save_picture(scores: Scores, plan: Plan, tolerance: float | None, title: str
     _bars(axes[1], table["by_probability"], labels, plan.metric, f"mean {symbol} by probability π of the token")
     labels = [_positions(row) for row in table["by_position"]]
     _bars(axes[2], table["by_position"], labels, plan.metric, f"mean {symbol} by position in the completion")
-    for axis in axes:
-        axis.tick_params(labelsize=8, colors=_TEXT)
-        axis.spines[["top", "right"]].set_visible(False)
-    canvas.print_png(str(path))
+    save_png(figure, path)
 
 
 def _histogram(axis: Axes, values: np.ndarray, floor: float, tolerance: float | None, symbol: str) -> None:
-    axis.set_title(f"{symbol}, {len(values):,} tokens", fontsize=10, loc="left", color=_TEXT)
-    axis.set_xlabel("discrepancy of a token, logarithmic", fontsize=8, color=_TEXT)
-    axis.set_ylabel("share of tokens", fontsize=8, color=_TEXT)
+    dress(axis, f"{symbol}, {len(values):,} tokens", "discrepancy of a token, logarithmic")
+    axis.set_ylabel("share of tokens", fontsize=8, color=TEXT)
     if not len(values) or not values.max():
-        axis.text(0.5, 0.5, "no difference", transform=axis.transAxes, ha="center", color=_TEXT)
+        axis.text(0.5, 0.5, "no difference", transform=axis.transAxes, ha="center", color=TEXT)
         return
     shown = np.clip(values, _SMALLEST, None)
     # The lowest half per cent would stretch the axis over decades in which nothing happens.
     low = max(np.quantile(shown, 0.005), _SMALLEST)
     edges = np.logspace(np.log10(low), np.log10(max(shown.max(), 10 * low)), _BINS + 1)
-    axis.hist(np.clip(shown, low, None), bins=edges.tolist(), weights=np.full(len(shown), 1 / len(shown)), color=_BAR)
+    axis.hist(
+        np.clip(shown, low, None), bins=edges.tolist(), weights=np.full(len(shown), 1 / len(shown)), color=LIGHT_BLUE
+    )
     axis.set_xscale("log")
     if floor > 0:
-        axis.axvline(floor, color=_FLOOR, linewidth=1.4, label=f"mean {floor:.3g}")
+        axis.axvline(floor, color=BLUE, linewidth=1.4, label=f"mean {floor:.3g}")
     if tolerance is not None:
-        axis.axvline(tolerance, color=_LIMIT, linewidth=1.4, linestyle="--", label=f"tolerance {tolerance:.3g}")
-    axis.legend(fontsize=8, frameon=False, labelcolor=_TEXT, loc="upper left")
+        axis.axvline(tolerance, color=VERMILION, linewidth=1.4, linestyle="--", label=f"tolerance {tolerance:.3g}")
+    axis.legend(fontsize=8, frameon=False, labelcolor=TEXT, loc="upper left")
 
 
 def _bars(axis: Axes, rows: list[dict[str, Any]], labels: list[str], metric: str, title: str) -> None:
     heights = [row[metric] or 0.0 for row in rows]
     places = range(len(rows))
-    axis.bar(places, heights, color=_BAR, width=0.8)
+    axis.bar(places, heights, color=LIGHT_BLUE, width=0.8)
     top = max(heights, default=0.0) or 1.0
     for place, row, height in zip(places, rows, heights, strict=True):
-        axis.text(place, height + 0.015 * top, _count(row["tokens"]), ha="center", fontsize=7, color=_TEXT)
+        axis.text(place, height + 0.015 * top, _count(row["tokens"]), ha="center", fontsize=7, color=TEXT)
     axis.set_ylim(0, 1.1 * top)
     axis.set_xticks(places, labels, rotation=35, ha="right", rotation_mode="anchor")
-    axis.set_title(title, fontsize=10, loc="left", color=_TEXT)
-    axis.set_xlabel("tokens are counted above the bars", fontsize=8, color=_TEXT)
+    dress(axis, title, "tokens are counted above the bars")
     axis.ticklabel_format(axis="y", scilimits=(-3, 4))
     axis.grid(axis="y", alpha=0.25)
-    axis.set_axisbelow(True)
 
 
 def _positions(row: dict[str, Any]) -> str:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dc_trl.discrepancy import DISCREPANCY_METRICS, discrepancy_metrics, token_discrepancy, valid_tokens
 
+# The discrepancy metrics in signs.
+SYMBOLS = {"prob_diff": "|π − μ|", "prob_ratio": "|π/μ − 1|", "logprob_diff": "|log π − log μ|"}
+
 # Edges of the buckets of π. An engine that rounds is furthest off, in |π − μ|, where π is neither 0 nor 1; in
 # |log π − log μ| where π is small.
 PROBABILITY_EDGES = (0.0, 1e-4, 1e-2, 0.1, 0.5, 0.9, 1.0)

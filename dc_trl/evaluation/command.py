@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dc_trl.cli import UsageError
+from dc_trl.cli import UsageError, model_directory
 from dc_trl.evaluation.benchmarks import BENCHMARKS, Benchmark
 from dc_trl.evaluation.results import results_table
 
@@ -114,9 +114,7 @@ def _check(args: Any) -> tuple[bool, Path | None]:
     from dc_trl.evaluation.card import check_card
 
     name = args.model_name_or_path
-    local = Path(name).is_dir()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UsageError(f"the model directory {name} does not exist (looked from {Path.cwd()}).")
+    local = model_directory(name) is not None
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         raise UsageError(
             f"--temperature is {args.temperature} and --top_p {args.top_p}: avg@n needs a temperature above 0 and a "

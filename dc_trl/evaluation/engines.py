@@ -72,7 +72,7 @@ class TransformersEngine:
         config: its transformers configuration.
         tokenizer: the model's.
         sampling: temperature and top_p, which must be 1.0.
-        precision: of the copy; None samples from the weights as loaded.
+        weights_precision: of the copy; None samples from the weights as loaded.
         batch_size: sequences decoded at once.
         revision: of a Hub model.
         dtype: in which the weights are loaded; "auto" is the checkpoint's.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dc_trl.evaluation.benchmarks import BENCHMARKS, PAPER_FIGURES, paper_figures
+from dc_trl.json_lines import append_lines, mend_end
 
 RESULTS_FILE = "results.jsonl"
 
@@ -69,11 +70,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def append_result(folder: Path, result: dict[str, Any]) -> None:
     """Appends a benchmark's result to `results.jsonl` in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RESULTS_FILE
-    cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a crash: that line stays unreadable
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_off + json.dumps(result) + "\n")
+    mend_end(folder / RESULTS_FILE)
+    append_lines(folder / RESULTS_FILE, [result])
 
 
 def read_results(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -83,12 +81,7 @@ def read_results(run_dir: str | Path) -> list[dict[str, Any]]:
         One dict for each benchmark and settings, the last written, in the order of writing; empty where nothing was
         evaluated. Lines that a crash cut off, and whatever else is no result, are passed over.
     """
-    return last_results(Path(run_dir) / "evaluation")
-
-
-def last_results(folder: Path) -> list[dict[str, Any]]:
-    """As `read_results`, for the output directory of an evaluation itself."""
-    path = folder / RESULTS_FILE
+    path = Path(run_dir, "evaluation", RESULTS_FILE)
     last: dict[tuple[str, str], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

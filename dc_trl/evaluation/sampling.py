@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dc_trl.cli import UsageError
 from dc_trl.evaluation.benchmarks import Problem, short_hash
 from dc_trl.evaluation.engines import Completion, Engine, Request
+from dc_trl.json_lines import append_lines, mend_end
 
 # Right, wrong, or None: the gold answer cannot be parsed.
 Judge = Callable[[list[str], list[str]], list[bool | None]]
@@ -61,7 +62,7 @@ class SampleFile:
             self._lock.acquire()
         except Timeout as error:
             raise UsageError(f"another process is drawing the samples of {self.path}: wait for its end.") from error
-        self._drop_cut_off_line()
+        mend_end(self.path)
         self._read(settings)
 
     def __enter__(self) -> Self:
@@ -73,7 +74,7 @@ class SampleFile:
     def _read(self, settings: dict[str, Any]) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         if not lines:
-            self._append([{"settings": settings}])
+            append_lines(self.path, [{"settings": settings}])
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
@@ -92,20 +93,12 @@ class SampleFile:
 
     def add(self, records: list[Record]) -> None:
         """Records samples, on disk too."""
-        self._append(records)
+        append_lines(self.path, records)
         for record in records:
             self._keep(record)
 
     def _keep(self, record: Record) -> None:
         self._records[record["problem"], record["hash"], record["sample"]] = record
-
-    def _append(self, records: list[Record]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-
-    def _drop_cut_off_line(self) -> None:
-        if self.path.is_file() and not (text := self.path.read_bytes()).endswith(b"\n"):
-            self.path.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def planned_draws(problems: list[Problem], samples: int, seed: int) -> list[Draw]:

@@ -149,6 +149,7 @@ class ServerEngine:
         stopped = threading.Event()
 
         def work() -> None:
+            """Draws what waits, one after the other, until nothing does or the caller has gone."""
             while not stopped.is_set():
                 try:
                     place = waiting.get_nowait()

@@ -4,8 +4,8 @@
 from typing import Any
 
 from dc_trl.report.panels import LIMIT, MAIN, POINTS, SECOND, Panel, Row, Series
-from dc_trl.report.text import is_finite, label
-from dc_trl.run_log import Run
+from dc_trl.report.text import label
+from dc_trl.run_log import Run, is_finite
 
 COLORS = 8
 """Runs that get a colour of their own; the next ones repeat the colours with dashes."""

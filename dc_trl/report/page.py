@@ -13,8 +13,9 @@ from dc_trl import __version__
 from dc_trl.report import tokens
 from dc_trl.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
 from dc_trl.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel
-from dc_trl.report.text import duration, embedded_json, escaped, is_finite, number, visible
-from dc_trl.run_log import Run
+from dc_trl.report.text import duration, embedded_json, escaped, number, visible
+from dc_trl.rollouts.names import engine_name
+from dc_trl.run_log import Run, is_finite
 
 # Column of the summary, and the key whose last value stands in it.
 _SUMMARY = {
@@ -88,23 +89,10 @@ def _head(runs: list[Run]) -> str:
     if len(runs) > 1:
         return f"<h1>{len(runs)} runs compared</h1>"
     run = runs[0]
-    facts = {"model": run.start.get("model"), "constraint": run.settings.get("constraint"), "engine": _engine(run)}
+    facts = {"model": run.start.get("model"), "constraint": run.settings.get("constraint")}
+    facts["engine"] = engine_name(run.settings) if run.settings else ""
     chips = "".join(f"<li><span>{name}</span> {escaped(value)}</li>" for name, value in facts.items() if value)
     return f'<h1>{escaped(run.name)}</h1><ul class="chips">{chips}</ul>'
-
-
-def _engine(run: Run) -> str:
-    """The engine that samples, in words; empty where the settings are not known."""
-    settings = run.settings
-    if not settings:
-        return ""
-    name = "TRL’s generation or a rollout_func"
-    if settings.get("use_vllm"):
-        name = f"vLLM ({settings.get('vllm_mode')})"
-    if settings.get("rollout_backend") == "transformers":
-        name = "in-process transformers"
-    precision = settings.get("rollout_precision")
-    return f"{name}, {precision}" if precision else name
 
 
 def _summary(runs: list[Run], ages: list[float]) -> str:

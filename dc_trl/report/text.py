@@ -3,9 +3,10 @@
 
 import html
 import json
-import math
 import unicodedata
 from typing import Any
+
+from dc_trl.run_log import is_finite
 
 # Control, format (among them every bidirectional control and zero-width character), surrogate, line and paragraph
 # separators: a reader could not see them, and some of them move other text.
@@ -62,14 +63,6 @@ def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, int) or abs(value) >= 10**digits:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a logged value is a number that can be drawn."""
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond what a float holds
-        return False
 
 
 def duration(seconds: float) -> str:
