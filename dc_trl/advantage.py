@@ -1,77 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages: the discrepancy penalty, leave-one-out baselines, groups without signal.
+"""Advantages of a group: leave-one-out baselines, and groups without signal.
 
-Shapes: B sequences, T completion tokens, G completions per group; N = all completions of the generation batch.
+Shapes: G completions per group; N = all completions of the generation batch.
 """
 
 import torch
 from torch import Tensor
-
-from dc_trl.discrepancy import trajectory_mean
-
-CONSTRAINTS = ("none", "fixed", "threshold", "lagrangian")
-DISCREPANCY_LEVELS = ("token", "sequence")
-
-
-def discrepancy_penalty(
-    discrepancy: Tensor,
-    valid: Tensor,
-    *,
-    constraint: str,
-    multiplier: float,
-    tolerance: float | None,
-    level: str = "token",
-) -> Tensor:
-    """The penalty that DC-GRPO (arXiv 2606.08779) takes off every token's advantage; never negative, detached.
-
-    - `none`: 0
-    - `fixed`: λ·d (eq. 3, Dual-GRPO)
-    - `threshold`: λ·d where d > tolerance, else 0 (figure 3)
-    - `lagrangian`: λ_k·d (eq. 8–10)
-
-    Args:
-        discrepancy: d, (B, T), of `token_discrepancy`.
-        valid: (B, T) bool, of `valid_tokens`; the others get no penalty.
-        constraint: one of the four.
-        multiplier: λ of this iteration.
-        tolerance: the tolerance in use; None while it is being calibrated, when only `fixed` applies a penalty.
-        level: `"token"`, or `"sequence"` to use each trajectory's mean d for all of its tokens (the ablation).
-
-    Returns:
-        (B, T) float32.
-
-    Raises:
-        ValueError: for an unknown constraint or level.
-    """
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"`constraint` is {constraint!r}, which is unknown: use one of {CONSTRAINTS}.")
-    if level not in DISCREPANCY_LEVELS:
-        raise ValueError(f"`level` is {level!r}, which is unknown: use one of {DISCREPANCY_LEVELS}.")
-    zeros = torch.zeros_like(discrepancy)
-    if constraint == "none" or (tolerance is None and constraint != "fixed"):
-        return zeros
-    d = discrepancy.detach()
-    if level == "sequence":
-        d = trajectory_mean(d, valid).expand_as(d)
-    applies = valid
-    if constraint == "threshold" and tolerance is not None:
-        applies = valid & (d > tolerance)
-    return torch.where(applies, multiplier * d, zeros)
-
-
-def penalised_advantages(advantages: Tensor, penalty: Tensor) -> Tensor:
-    """Ã_{i,t} = A_i − penalty_{i,t}, eq. 8.
-
-    Args:
-        advantages: A, (B,) per sequence or (B, T).
-        penalty: (B, T), of `discrepancy_penalty`.
-
-    Returns:
-        (B, T).
-    """
-    if advantages.dim() == 1:
-        advantages = advantages.unsqueeze(1)
-    return advantages - penalty
 
 
 def rloo_advantages(rewards: Tensor, num_generations: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from dc_trl.advantage import CONSTRAINTS, DISCREPANCY_LEVELS
+from dc_trl.constraint import CONSTRAINTS, DISCREPANCY_LEVELS
 from dc_trl.discrepancy import DISCREPANCY_METRICS
 from dc_trl.length_decay import check_factor, check_min_ratio, check_period
 

@@ -5,6 +5,7 @@ Shapes: B sequences, T completion tokens.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,3 +53,17 @@ def importance_sampling_ratio(
     high = math.inf if clip_max is None else clip_max
     kept = (ratio >= low) & (ratio <= high)
     return torch.where(kept, ratio, torch.zeros_like(ratio)), kept
+
+
+class ImportanceSampling(NamedTuple):
+    """The correction of a run: the mode and the bounds that `importance_sampling_ratio` takes."""
+
+    mode: str
+    clip_min: float | None
+    clip_max: float | None
+
+    def ratio(self, train_logps: Tensor, sampling_logps: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight and the tokens it keeps; see `importance_sampling_ratio`."""
+        return importance_sampling_ratio(
+            train_logps, sampling_logps, valid, mode=self.mode, clip_min=self.clip_min, clip_max=self.clip_max
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dc_trl.discrepancy import combine
+from dc_trl.step import Step
 
 # Weight of the past in the smoothed gradient norm: a memory of some ten log entries. Our value.
 GRAD_NORM_SMOOTHING = 0.9
@@ -20,9 +21,9 @@ class Instruments:
         self._summaries: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._grad_norm: float | None = None
 
-    def add(self, mode: str, summary: Tensor) -> None:
-        """Takes in one micro-batch's summary, (K,), of `dc_trl.discrepancy.summarise`; `mode` is train or eval."""
-        self._summaries[mode].append(summary)
+    def add(self, mode: str, step: Step) -> None:
+        """Takes in the record of one micro-batch; `mode` is train or eval."""
+        self._summaries[mode].append(step.summary())
 
     def reduce(self, mode: str, gather: Callable[[Tensor], Tensor]) -> Tensor | None:
         """Empties the collection into one summary over micro-batches and ranks, (K,), on the CPU.

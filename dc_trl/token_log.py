@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from dc_trl.step import Step
+
 FOLDER = "tokens"
 
 Decode = Callable[[list[int]], str]
@@ -51,16 +53,28 @@ class TokenLog:
         self._collected: list[dict[str, Tensor]] = []
         self._complete: list[dict[str, Tensor]] = []
 
-    def add(self, inputs: dict[str, Tensor], **columns: Tensor) -> None:
+    def add(self, inputs: dict[str, Tensor], step: Step) -> None:
         """Takes in one micro-batch.
 
         Args:
             inputs: TRL's batch, for `prompt_ids`, `prompt_mask` (B, P), `completion_ids` and `completion_mask` (B, T).
-            columns: `train_logp`, `sampling_logp`, `discrepancy`, `penalty`, `advantage` and `valid`, each (B, T) or
-                broadcast to it.
+            step: the record of the same micro-batch.
         """
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        self._collected.append({name: inputs[name] for name in names} | columns)
+        self._collected.append(
+            {
+                "prompt_ids": inputs["prompt_ids"],
+                "prompt_mask": inputs["prompt_mask"],
+                # A dropped group is out of the completion mask, and measured all the same.
+                "shown": inputs["completion_mask"].bool() | step.masks.scored,
+                "token_id": inputs["completion_ids"],
+                "train_logp": step.train_logps,
+                "sampling_logp": step.sampling_logps,
+                "discrepancy": step.discrepancy,
+                "penalty": step.penalty,
+                "advantage": step.advantages,
+                "valid": step.masks.scored,
+            }
+        )
 
     def end_iteration(self) -> None:
         """What was collected becomes the iteration that `write` writes."""
@@ -103,23 +117,35 @@ def _table(step: int, sequences: list[dict[str, np.ndarray]], decode: Decode) ->
     return pa.table(arrays, schema=SCHEMA)
 
 
+# What a micro-batch itself gives; the rest is known once the sequences of all ranks are together.
+_TOKEN_COLUMNS = (
+    "token_id",
+    "train_logp",
+    "sampling_logp",
+    "discrepancy",
+    "penalty",
+    "advantage",
+    "valid",
+)
+
+
 def _sequences(batch: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """The sequences of a micro-batch, each as columns of its scored tokens and the ids of its prompt."""
-    shape = batch["completion_ids"].shape
-    tensors = {"token_id": batch["completion_ids"]} | {
-        name: tensor.expand(shape) for name, tensor in batch.items() if not name.startswith(("prompt", "completion"))
-    }
-    arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items() if name.endswith(("logp", "ncy"))}
-    arrays |= {name: tensor.cpu().numpy() for name, tensor in tensors.items() if name not in arrays}
-    # A dropped group is out of the completion mask, and measured all the same.
-    shown = batch["completion_mask"].bool().cpu().numpy() | arrays["valid"]
-    scored = shown & ~np.isnan(arrays["sampling_logp"])
+    columns = {name: _column(batch[name].expand_as(batch["token_id"])) for name in _TOKEN_COLUMNS}
+    scored = batch["shown"].cpu().numpy() & ~np.isnan(columns["sampling_logp"])
+    prompts = _column(batch["prompt_ids"])
+    prompt_masks = batch["prompt_mask"].bool().cpu().numpy()
     found = []
     for row, keep in enumerate(scored):
-        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-        sequence = {name: array[row][keep] for name, array in arrays.items()}
-        found.append(sequence | {"position": np.flatnonzero(keep), "prompt": prompt.cpu().numpy()})
+        sequence = {name: column[row][keep] for name, column in columns.items()}
+        sequence |= {"position": np.flatnonzero(keep), "prompt": prompts[row][prompt_masks[row]]}
+        found.append(sequence)
     return found
+
+
+def _column(tensor: Tensor) -> np.ndarray:
+    # NumPy has no bfloat16.
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
 def _dictionary(indices: np.ndarray, values: list[str]) -> pa.Array:

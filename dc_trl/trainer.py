@@ -3,6 +3,7 @@
 
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,18 @@ from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 from dc_trl import model_card
-from dc_trl.advantage import discrepancy_penalty, penalised_advantages
 from dc_trl.attributes import temporary_attributes
 from dc_trl.callbacks import LengthDecayCallback
 from dc_trl.config import DCGRPOConfig
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
-from dc_trl.discrepancy import (
-    correction_metrics,
-    mean_discrepancy,
-    metrics,
-    summarise,
-    token_discrepancy,
-    valid_tokens,
-)
+from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
 from dc_trl.estimators import GroupEstimatorsTrainer
-from dc_trl.importance import importance_sampling_ratio
+from dc_trl.importance import ImportanceSampling
 from dc_trl.instruments import Instruments
 from dc_trl.rollouts import factory
 from dc_trl.run_log import RunLogCallback
+from dc_trl.step import Step, constrain
 from dc_trl.token_log import TokenLog
 
 logger = logging.get_logger(__name__)
@@ -66,6 +60,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     Attributes:
         dual ([`~dc_trl.dual.DualVariable`]): the multiplier λ.
         discrepancy_tolerance (`float` or `None`): the tolerance in use; None while it is being calibrated.
+        step_observers (`list`): called as `observer(inputs, step)` with TRL's batch and the record of each
+            micro-batch, [`~dc_trl.step.Step`]; the instruments and the token log are the first two.
     """
 
     _tag_names = ["trl", "grpo", "dc-grpo"]
@@ -101,9 +97,11 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             args.constraint,
             self.dual,
             DiscrepancyTolerance(args.discrepancy_tolerance, args.tolerance_slack, args.tolerance_calibration_batches),
+            args.discrepancy_level,
         )
         self._instruments = Instruments()
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
+        self.step_observers: list[Callable[[dict[str, Any], Step], None]] = [self._measure, self._log_tokens]
         self._said: set[str] = set()
         hidden = temporary_attributes(args, use_vllm=args.use_vllm and not factory.needs_own_engine(args))
         with hidden, factory.colocated_engine_arguments(args):
@@ -171,42 +169,45 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     @torch.no_grad()
     def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
-        """Fills penalty and importance ratio into `inputs`, and measures. `logps` (B, T): the loss forward's."""
+        """Fills penalty and importance ratio into `inputs`, and hands the record on. `logps`: the loss's own, (B, T)."""
         args = self.args
-        sampling_logps = inputs["sampling_per_token_logps"]
-        # Recomputed before the first of several updates, so that policy drift is not taken for discrepancy.
-        train_logps = inputs.get("old_per_token_logps", logps)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        measured: dict[str, Any] = {"mask": inputs.get("measured_mask", mask), "metric": args.discrepancy_metric}
-        scored = valid_tokens(sampling_logps, measured["mask"])
-        valid = valid_tokens(sampling_logps, mask)
-        if self.use_vllm and args.vllm_importance_sampling_correction:
-            measured["correction"], measured["kept"] = importance_sampling_ratio(
-                *(train_logps, sampling_logps, scored),
-                mode=args.vllm_importance_sampling_mode,
-                clip_min=args.vllm_importance_sampling_clip_min,
-                clip_max=args.vllm_importance_sampling_clip_max,
-            )
-        discrepancy = token_discrepancy(train_logps, sampling_logps, args.discrepancy_metric)
-        advantages = inputs["advantages"].reshape(len(valid), -1)
+        step = constrain(
+            # Recomputed before the first of several updates, so that policy drift is not taken for discrepancy.
+            inputs.get("old_per_token_logps", logps),
+            inputs["sampling_per_token_logps"],
+            inputs["advantages"],
+            mask=mask,
+            measured_mask=inputs.get("measured_mask", mask),
+            metric=args.discrepancy_metric,
+            constraint=self._constraint,
+            correction=self._correction,
+            loss_weight=inputs.get("loss_weight", 1.0),
+        )
         if args.constraint != "none":
-            measured["advantages"] = advantages
-            measured["penalty"] = inputs.get("loss_weight", 1.0) * discrepancy_penalty(
-                *(discrepancy, valid),
-                constraint=args.constraint,
-                multiplier=self.dual.value,
-                tolerance=self.discrepancy_tolerance,
-                level=args.discrepancy_level,
-            )
-            inputs["advantages"] = penalised_advantages(inputs["advantages"], measured["penalty"])
-            inputs["importance_sampling_ratio"] = measured.get("correction")
-        mode = "train" if self.model.training else "eval"
-        self._instruments.add(mode, summarise(train_logps, sampling_logps, **measured))
-        if self._token_log is not None and mode == "train" and self._first_use:
-            columns = {"train_logp": train_logps, "sampling_logp": sampling_logps, "discrepancy": discrepancy}
-            columns |= {"advantage": advantages, "valid": scored}
-            penalty = measured.get("penalty", torch.zeros_like(discrepancy))
-            self._token_log.add(inputs, penalty=penalty, **columns)
+            inputs["advantages"] = step.penalised_advantages
+            inputs["importance_sampling_ratio"] = step.importance_ratio
+        for observe in self.step_observers:
+            observe(inputs, step)
+
+    @property
+    def _correction(self) -> ImportanceSampling | None:
+        """The importance-sampling weight; while the loss runs, whatever the source of the log-probs is."""
+        args = self.args
+        if not (self.use_vllm and args.vllm_importance_sampling_correction):
+            return None
+        return ImportanceSampling(
+            mode=args.vllm_importance_sampling_mode,
+            clip_min=args.vllm_importance_sampling_clip_min,
+            clip_max=args.vllm_importance_sampling_clip_max,
+        )
+
+    def _measure(self, inputs: dict[str, Any], step: Step) -> None:
+        self._instruments.add("train" if self.model.training else "eval", step)
+
+    def _log_tokens(self, inputs: dict[str, Any], step: Step) -> None:
+        if self._token_log is not None and self.model.training and self._first_use:
+            self._token_log.add(inputs, step)
 
     # Iterations and logs
 

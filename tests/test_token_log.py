@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import dc_trainer, logged, record_losses, replayed_rollouts
 
+from dc_trl.step import Masks, Step
 from dc_trl.token_log import SCHEMA, TokenLog
 
 
@@ -98,13 +99,24 @@ def test_tokens_that_do_not_count_are_marked(tmp_path: Path) -> None:
 def test_only_the_writing_rank_decodes(tmp_path: Path) -> None:
     ones = torch.ones(1, 2)
     log = TokenLog(tmp_path)
-    columns = {name: -ones for name in ("train_logp", "sampling_logp", "discrepancy", "penalty", "advantage")}
+    valid = ones.bool()
+    step = Step(
+        train_logps=-ones,
+        sampling_logps=-ones,
+        masks=Masks(measured=valid, scored=valid, valid=valid),
+        discrepancy=ones,
+        penalty=ones,
+        advantages=ones,
+        penalised_advantages=ones,
+        importance_ratio=None,
+        kept=None,
+    )
     ids = {name: ones.long() for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
-    log.add(ids, valid=ones.bool(), **columns)
+    log.add(ids, step)
     log.end_iteration()
     log.write(1, lambda sequences: sequences * 2, None)
     assert not list(tmp_path.iterdir())
-    log.add(ids, valid=ones.bool(), **columns)
+    log.add(ids, step)
     log.end_iteration()
     log.write(1, lambda sequences: sequences * 2, lambda ids: "é" * len(ids))
     assert list(tokens(tmp_path, 1)["completion"]) == [0, 0, 1, 1]

@@ -158,13 +158,7 @@ def test_the_penalty_lowers_discrepant_tokens_and_nothing_else(tmp_path: Path) -
             max_steps=1, learning_rate=1e-3, vllm_importance_sampling_correction=False, **options,
         )  # fmt: skip
         penalties = []
-        constrain = trainer._constrain
-
-        def record(inputs: dict[str, Any], logps: torch.Tensor) -> None:
-            constrain(inputs, logps)
-            penalties.append(-inputs["advantages"])
-
-        trainer._constrain = record  # type: ignore[method-assign]
+        trainer.step_observers.append(lambda inputs, step: penalties.append(-inputs["advantages"]))
         trainer.train()
         return penalties[0]
 

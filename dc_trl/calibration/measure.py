@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
@@ -22,6 +21,7 @@ from dc_trl.attributes import temporary_attributes
 from dc_trl.calibration.nudge import Nudge, fingerprint, moved
 from dc_trl.calibration.scores import Scores, join, mean_discrepancy, merge
 from dc_trl.rollouts.weights import plain_model
+from dc_trl.step import Step
 
 # Temperatures, as multiples of the one asked for, at which the first pass is scored again. Any engine that is more
 # than 5 % and less than a factor of two off is nearer to one of them than to 1.
@@ -33,7 +33,7 @@ OTHER_TEMPERATURE = 0.7
 class Recording:
     """Mixed into `DCGRPOTrainer`: keeps what each evaluation samples and scores, and scores old samples again.
 
-    Seams: `_generate_and_score_completions`, `_constrain`, and the `batch_size` of
+    It observes the trainer's steps. Seams: `_generate_and_score_completions`, and the `batch_size` of
     `_get_per_token_logps_and_entropies`, which bounds a forward to a training micro-batch.
     """
 
@@ -42,6 +42,7 @@ class Recording:
         self._replayed: Iterator[dict[str, Any]] | None = None
         self._records: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        self.step_observers.append(self._record)  # type: ignore[attr-defined]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._replayed is not None:
@@ -56,21 +57,21 @@ class Recording:
         kwargs["batch_size"] = min(kwargs.get("batch_size") or most, most)
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
 
-    def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
-        super()._constrain(inputs, logps)  # type: ignore[misc]
-        ids, shown = inputs["prompt_ids"].tolist(), inputs["prompt_mask"].tolist()
+    def _record(self, inputs: dict[str, Any], step: Step) -> None:
         lengths = inputs["completion_mask"].sum(1)
         last = inputs["completion_ids"].gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         ends = torch.tensor(self.eos_token_ids, device=last.device)  # type: ignore[attr-defined]
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        record = {
-            "train_logps": inputs.get("old_per_token_logps", logps).float(),
-            "sampling_logps": inputs["sampling_per_token_logps"].float(),
-            "mask": mask.bool(),
-            "cut": ~torch.isin(last, ends),
-        }
-        prompts = [tuple(i for i, m in zip(*row, strict=True) if m) for row in zip(ids, shown, strict=True)]
-        self._records.append({key: value.detach().cpu() for key, value in record.items()} | {"prompts": prompts})
+        ids = inputs["prompt_ids"].cpu()
+        shown = inputs["prompt_mask"].bool().cpu()
+        self._records.append(
+            {
+                "train_logps": step.train_logps.float().cpu(),
+                "sampling_logps": step.sampling_logps.float().cpu(),
+                "mask": step.masks.measured.cpu(),
+                "cut": ~torch.isin(last, ends).cpu(),
+                "prompts": [tuple(row[keep].tolist()) for row, keep in zip(ids, shown, strict=True)],
+            }
+        )
 
     def sample(self, dataset: Any, sync: bool = True) -> Scores:
         """Samples and scores completions of the problems; `sync` sends the weights to the engine first."""
