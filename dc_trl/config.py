@@ -10,6 +10,7 @@ from trl import GRPOConfig
 from dc_trl.constraint import CONSTRAINTS, DISCREPANCY_LEVELS
 from dc_trl.discrepancy import DISCREPANCY_METRICS
 from dc_trl.length_decay import check_factor, check_min_ratio, check_period
+from dc_trl.rollouts.engines import BACKENDS, engine_of
 
 ROLLOUT_PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4", "int3")
 
@@ -23,7 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "discrepancy_average": ("trajectory", "token"),
     "advantage_estimator": ("grpo", "rloo"),
     "zero_variance_groups": ("keep", "drop"),
-    "rollout_backend": ("vllm", "transformers"),
+    "rollout_backend": BACKENDS,
     "weight_sync": ("nccl", "disk"),
 }
 
@@ -115,7 +116,7 @@ class DCGRPOConfig(GRPOConfig):
         "vllm",
         "Engine that samples: `vllm` (TRL's, with `use_vllm=True`) or `transformers`, a copy of the policy in this "
         "process, in `rollout_precision`.",
-        choices=["vllm", "transformers"],
+        choices=list(BACKENDS),
     )
     rollout_precision: str | None = _option(
         None, "Precision of the sampling copy; None: as trained.", choices=[None, *ROLLOUT_PRECISIONS]
@@ -189,14 +190,8 @@ class DCGRPOConfig(GRPOConfig):
                 f"`rollout_precision` is {self.rollout_precision!r}, which is unknown: use one of "
                 f"{ROLLOUT_PRECISIONS}, or None for the precision of training."
             )
-        if self.rollout_backend == "transformers":
-            for name in ("use_vllm", "use_transformers_continuous_batching"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"`rollout_backend` is 'transformers' and `{name}` is True: two engines would sample. Set "
-                        f"`{name}=False`, or leave `rollout_backend` at 'vllm'."
-                    )
-        elif self.rollout_precision is not None:
+        engine_of(vars(self)).check_config(self)
+        if self.rollout_backend == "vllm" and self.rollout_precision is not None:
             raise ValueError(
                 f"`rollout_precision` is {self.rollout_precision!r} with vLLM, which takes its precision from the "
                 "server's or engine's own start-up options (for example `--quantization fp8`). Leave it at None, or "
@@ -206,11 +201,6 @@ class DCGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`vllm_engine_kwargs` is {self.vllm_engine_kwargs}, which only a colocated engine can take. Set "
                 "`use_vllm=True` and `vllm_mode='colocate'`, or start the server with these options."
-            )
-        if "quantization" in (self.vllm_engine_kwargs or {}) and self.vllm_enable_sleep_mode:
-            raise ValueError(
-                "`vllm_enable_sleep_mode` is True with a quantised engine, whose weights TRL cannot restore after a "
-                "sleep. Set `vllm_enable_sleep_mode=False`, or leave `quantization` out of `vllm_engine_kwargs`."
             )
         if self.loss_type == "vespo" and self.vllm_importance_sampling_mode.startswith("sequence"):
             raise ValueError(

@@ -17,6 +17,7 @@ from dc_trl.planning import (
     state_bytes,
     weight_bytes_of,
 )
+from dc_trl.rollouts.engines import engine_name, engine_of
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -129,8 +130,8 @@ def _constraint(args: Any) -> list[tuple[str, str]]:
 
 def _engine(args: Any, size: ModelSize, plan: BatchPlan, gpu_gib: float, weight_bytes: int) -> list[tuple[str, str]]:
     kv = size.kv_bytes_per_token()
-    rows = [("sampled by", _engine_name(args)), ("KV cache per token (bf16)", f"{kv:,} bytes")]
-    if args.rollout_backend == "vllm":
+    rows = [("sampled by", engine_name(vars(args))), ("KV cache per token (bf16)", f"{kv:,} bytes")]
+    if engine_of(vars(args)).sends_weights:
         rows.append(("bytes per weight sync", f"{size.sync_bytes(weight_bytes):,}"))
     engine = _engine_plan(args)
     if engine.utilization:
@@ -141,16 +142,6 @@ def _engine(args: Any, size: ModelSize, plan: BatchPlan, gpu_gib: float, weight_
         if tokens < args.max_completion_length:
             rows.append(("DOES NOT FIT", "raise vllm_gpu_memory_utilization or vllm_tensor_parallel_size"))
     return rows
-
-
-def _engine_name(args: Any) -> str:
-    if args.rollout_backend == "transformers":
-        return f"a copy in this process, {args.rollout_precision or 'as trained'}"
-    if not args.use_vllm:
-        return "transformers.generate (no log-probs)"
-    if args.vllm_mode == "server":
-        return f"a vLLM server, weights over {args.weight_sync}; its precision is set where it starts"
-    return f"vLLM colocated, tensor parallel {args.vllm_tensor_parallel_size}"
 
 
 def _engine_plan(args: Any) -> EnginePlan:
@@ -178,7 +169,7 @@ def _memory(
     gathered = gathered_bytes(size, launch, bf16)
     engine = _engine_plan(args)
     sampler = engine.utilization * gpu_gib * GIB
-    if args.rollout_backend == "transformers":
+    if engine_of(vars(args)).copies_policy:
         sampler = size.parameters * _COPY_BYTES.get(args.rollout_precision, weight_bytes)
     generating = state["weights"] + state["optimizer"] + sampler
     training = sum(state.values()) + gathered + activations + (0 if engine.sleeps else sampler)

@@ -14,7 +14,7 @@ from dc_trl.config import DCGRPOConfig
 from dc_trl.curves import DISCREPANCY, save_curves, series
 from dc_trl.evaluation.card import model_index_results
 from dc_trl.evaluation.results import newest_results, read_results, score
-from dc_trl.rollouts.names import engine_name
+from dc_trl.rollouts.engines import engine_name
 
 CARD = "README.md"
 CURVES = "curves.png"

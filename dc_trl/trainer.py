@@ -23,7 +23,7 @@ from dc_trl.dual import DualVariable
 from dc_trl.estimators import GroupEstimatorsTrainer
 from dc_trl.importance import ImportanceSampling
 from dc_trl.instruments import Instruments
-from dc_trl.rollouts import factory
+from dc_trl.rollouts.engines import check_log_prob_source, engine_of
 from dc_trl.run_log import RunLogCallback
 from dc_trl.step import Step, constrain
 from dc_trl.token_log import TokenLog
@@ -91,7 +91,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
                 f"`args` is a {type(args).__name__}: DCGRPOTrainer needs a DCGRPOConfig, which takes the same "
                 "parameters. Rename GRPOConfig to DCGRPOConfig."
             )
-        factory.check_log_prob_source(args, kwargs.get("rollout_func"))
+        check_log_prob_source(args, kwargs.get("rollout_func"))
         self.dual = DualVariable(args.multiplier_init, args.dual_lr, args.multiplier_max)
         self._constraint = DiscrepancyConstraint(
             args.constraint,
@@ -103,15 +103,16 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
         self.step_observers: list[Callable[[dict[str, Any], Step], None]] = [self._measure, self._log_tokens]
         self._said: set[str] = set()
-        hidden = temporary_attributes(args, use_vllm=args.use_vllm and not factory.needs_own_engine(args))
-        with hidden, factory.colocated_engine_arguments(args):
+        engine = engine_of(vars(args))
+        hidden = temporary_attributes(args, use_vllm=args.use_vllm and not engine.is_ours)
+        with hidden, engine.construction(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        if factory.needs_own_engine(args):
+        if engine.is_ours:
             self.use_vllm = True
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
             self._last_loaded_step = -1
         if self.use_vllm:
-            self.vllm_generation = factory.build_engine(self, args)
+            self.vllm_generation = engine.build(self, args)
         if args.length_decay:
             names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
             self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))
@@ -169,7 +170,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     @torch.no_grad()
     def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
-        """Fills penalty and importance ratio into `inputs`, and hands the record on. `logps`: the loss's own, (B, T)."""
+        """Fills penalty and importance ratio into `inputs`, and hands the record on. `logps` (B, T): the loss's."""
         args = self.args
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         step = constrain(

@@ -14,7 +14,7 @@ from PIL import Image
 from dc_trl import DCGRPOConfig
 from dc_trl.curves import PANELS, save_curves, series
 from dc_trl.model_card import complete, copy_card, with_section
-from dc_trl.rollouts.names import engine_name
+from dc_trl.rollouts.engines import engine_name
 
 # Of TRL's template, what matters here.
 TRL_CARD = """\

@@ -18,8 +18,7 @@ from dc_trl.calibration.output import Calibration, as_text, hardware, save, vers
 from dc_trl.calibration.recipe import check_recipe, set_tolerance
 from dc_trl.calibration.scores import describe, mean_discrepancy
 from dc_trl.cli import UsageError
-from dc_trl.rollouts.factory import check_log_prob_source
-from dc_trl.rollouts.names import engine_name
+from dc_trl.rollouts.engines import check_log_prob_source, engine_name, engine_of
 from dc_trl.training import build_trainer, load_data
 
 # What a measurement must not do, or does not need: constrain, report, save, hold a reference model, drop groups (all
@@ -98,7 +97,7 @@ def _parse(line: CommandLine) -> tuple[CalibrateArguments, Any, Any]:
         parsed = make_parser(CalibrateArguments, "calibrate").parse_args_and_config([*line.arguments, *OVERRIDES])
     except (ValueError, ImportError, OSError) as error:
         raise UsageError(str(error)) from error
-    if not own.use_vllm and own.rollout_backend != "transformers":
+    if not engine_of(vars(own)).gives_log_probs:
         raise UsageError(
             "there is no engine whose log-probs could be measured: set use_vllm, or rollout_backend: transformers."
         )

@@ -14,7 +14,7 @@ from dc_trl.report import tokens
 from dc_trl.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
 from dc_trl.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel
 from dc_trl.report.text import duration, embedded_json, escaped, number, visible
-from dc_trl.rollouts.names import engine_name
+from dc_trl.rollouts.engines import engine_name
 from dc_trl.run_log import Run, is_finite
 
 # Column of the summary, and the key whose last value stands in it.
