@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-PACKAGE = Path(__file__).parents[1] / "dc_trl"
+PACKAGE = ROOT / "dc_trl"
 TORCH = {"discrepancy", "advantage", "importance"}
 PYTHON = {"dual", "constraint", "length_decay"}
 
