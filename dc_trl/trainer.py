@@ -13,20 +13,20 @@ from torch import Tensor
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
-from dc_trl import model_card
-from dc_trl.attributes import temporary_attributes
-from dc_trl.callbacks import LengthDecayCallback
 from dc_trl.config import DCGRPOConfig
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
 from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
-from dc_trl.estimators import GroupEstimatorsTrainer
 from dc_trl.importance import ImportanceSampling
-from dc_trl.instruments import Instruments
+from dc_trl.records.card import model_card
+from dc_trl.records.run_log import RunLogCallback
+from dc_trl.records.token_log import TokenLog
 from dc_trl.rollouts.engines import check_log_prob_source, engine_of
-from dc_trl.run_log import RunLogCallback
 from dc_trl.step import Step, constrain
-from dc_trl.token_log import TokenLog
+from dc_trl.training.attributes import temporary_attributes
+from dc_trl.training.group_trainer import GroupEstimatorsTrainer
+from dc_trl.training.instruments import Instruments
+from dc_trl.training.length_decay_callback import LengthDecayCallback
 
 logger = logging.get_logger(__name__)
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-PACKAGE = Path(__file__).parents[1] / "dc_trl"
+PACKAGE = ROOT / "dc_trl"
 TORCH = {"discrepancy/tokens", "discrepancy/summary", "discrepancy/metrics", "discrepancy/__init__"}
 TORCH |= {"advantage", "constraint", "importance", "step"}
 PYTHON = {"dual", "length_decay"}
