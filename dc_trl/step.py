@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dc_trl.constraint import DiscrepancyConstraint, penalised_advantages
 from dc_trl.discrepancy import summarise, token_discrepancy, valid_tokens
-from dc_trl.importance import ImportanceSampling
+from dc_trl.estimators.importance import ImportanceSampling
 
 
 class Masks(NamedTuple):

@@ -17,7 +17,7 @@ from dc_trl.config import DCGRPOConfig
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
 from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
-from dc_trl.importance import ImportanceSampling
+from dc_trl.estimators.importance import ImportanceSampling
 from dc_trl.records.card import model_card
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.token_log import TokenLog

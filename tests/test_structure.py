@@ -11,7 +11,7 @@ from places import ROOT
 
 PACKAGE = ROOT / "dc_trl"
 TORCH = {"discrepancy/tokens", "discrepancy/summary", "discrepancy/metrics", "discrepancy/__init__"}
-TORCH |= {"advantage", "constraint", "importance", "step"}
+TORCH |= {"constraint", "estimators/advantage", "estimators/importance", "step"}
 PYTHON = {"dual", "length_decay"}
 
 

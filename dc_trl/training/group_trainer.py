@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from dc_trl.advantage import rloo_advantages, zero_variance_groups
 from dc_trl.config import SEQUENCE_MEAN_LOSSES, DCGRPOConfig
+from dc_trl.estimators.advantage import rloo_advantages, zero_variance_groups
 
 
 class GroupEstimatorsTrainer(GRPOTrainer):

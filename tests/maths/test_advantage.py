@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from dc_trl.advantage import rloo_advantages, zero_variance_groups
 from dc_trl.constraint import discrepancy_penalty, penalised_advantages
-from dc_trl.importance import importance_sampling_ratio
+from dc_trl.estimators.advantage import rloo_advantages, zero_variance_groups
+from dc_trl.estimators.importance import importance_sampling_ratio
 
 D = torch.tensor([[0.01, 0.03], [0.02, 0.0]])
 VALID = torch.tensor([[True, True], [True, False]])
