@@ -18,8 +18,8 @@ class Masks(NamedTuple):
 
     Attributes:
         measured: neither padding nor a tool's; groups that were dropped from the loss are in it.
-        scored: measured, and with a log-prob of the sampling engine.
-        valid: in the loss, and with a log-prob of the sampling engine: these get a penalty.
+        scored: measured, and with a log-prob of both engines; see `dc_trl.discrepancy.is_scored`.
+        valid: in the loss, and with a log-prob of both engines: these get a penalty.
     """
 
     measured: Tensor
@@ -91,8 +91,8 @@ def constrain(
     """
     masks = Masks(
         measured=measured_mask.bool(),
-        scored=valid_tokens(sampling_logps, measured_mask),
-        valid=valid_tokens(sampling_logps, mask),
+        scored=valid_tokens(sampling_logps, measured_mask, train_logps),
+        valid=valid_tokens(sampling_logps, mask, train_logps),
     )
     ratio, kept = (None, None) if correction is None else correction.ratio(train_logps, sampling_logps, masks.scored)
     discrepancy = token_discrepancy(train_logps, sampling_logps, metric)

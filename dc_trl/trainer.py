@@ -103,6 +103,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
         self.step_observers: list[Callable[[dict[str, Any], Step], None]] = [self._measure, self._log_tokens]
         self._said: set[str] = set()
+        self._rollout_lengths: list[float] = []  # of the optimizer step at hand
         engine = engine_of(vars(args))
         hidden = temporary_attributes(args, use_vllm=args.use_vllm and not engine.is_ours)
         with hidden, engine.construction(args):
@@ -147,8 +148,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             )
         if self._length_decay is not None and self.model.training:
             # Once a generation batch, whatever `logging_steps` is; gathered by TRL, so the same on every rank.
-            mean_length = self._metrics["train"]["completions/mean_length"][-1]
-            self._length_decay.observe(self.state.global_step + 1, mean_length)
+            self._rollout_lengths.append(self._metrics["train"]["completions/mean_length"][-1])
         return batch
 
     # Loss
@@ -171,21 +171,23 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     @torch.no_grad()
     def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
         """Fills penalty and importance ratio into `inputs`, and hands the record on. `logps` (B, T): the loss's."""
-        args = self.args
+        # Recomputed before the first of several updates, so that policy drift is not taken for discrepancy.
+        train_logps = inputs.get("old_per_token_logps", logps)
+        if self.model.training:
+            self._check_train_logps(logps, train_logps, inputs["completion_mask"])
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         step = constrain(
-            # Recomputed before the first of several updates, so that policy drift is not taken for discrepancy.
-            inputs.get("old_per_token_logps", logps),
+            train_logps,
             inputs["sampling_per_token_logps"],
             inputs["advantages"],
             mask=mask,
             measured_mask=inputs.get("measured_mask", mask),
-            metric=args.discrepancy_metric,
+            metric=self.args.discrepancy_metric,
             constraint=self._constraint,
             correction=self._correction,
             loss_weight=inputs.get("loss_weight", 1.0),
         )
-        if args.constraint != "none":
+        if self.args.constraint != "none":
             inputs["advantages"] = step.penalised_advantages
             inputs["importance_sampling_ratio"] = step.importance_ratio
         for observe in self.step_observers:
@@ -193,9 +195,9 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     @property
     def _correction(self) -> ImportanceSampling | None:
-        """The importance-sampling weight; while the loss runs, whatever the source of the log-probs is."""
+        """The importance-sampling weight: measured also where TRL does not apply it."""
         args = self.args
-        if not (self.use_vllm and args.vllm_importance_sampling_correction):
+        if not args.vllm_importance_sampling_correction:
             return None
         return ImportanceSampling(
             mode=args.vllm_importance_sampling_mode,
@@ -210,6 +212,31 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         if self._token_log is not None and self.model.training and self._first_use:
             self._token_log.add(inputs, step)
 
+    def _check_train_logps(self, logps: Tensor, train_logps: Tensor, completion_mask: Tensor) -> None:
+        """Stops a step whose gradient is NaN before it reaches the weights.
+
+        transformers logs such a loss as 0, and the checkpoints that follow push the good ones out.
+
+        Args:
+            logps, train_logps: the loss forward's log-probs, and those that stand for π, (B, T).
+            completion_mask: (B, T). Tool tokens count here: their NaN times a mask of 0 is NaN.
+
+        Raises:
+            FloatingPointError: a log-prob of the training engine's is not finite. Said once instead with fp16, where
+                the loss scaler skips the step, and with `constraint="none"`, which trains on as TRL does.
+        """
+        broken = int((completion_mask.bool() & ~(logps.isfinite() & train_logps.isfinite())).sum())
+        if not broken:
+            return
+        message = (
+            f"{broken} log-probs of the training engine are NaN or infinite at step {self.state.global_step}, so the "
+            "gradient is NaN, and the weights will be. Weights or activations overflowed: go back to the last "
+            "checkpoint and lower `learning_rate`, or train in bf16 or float32"
+        )
+        if self.args.constraint != "none" and not self.args.fp16:
+            raise FloatingPointError(f"{message}. `constraint='none'` trains on, as TRL does.")
+        self._say_once([("non-finite", f"{message}.")])
+
     # Iterations and logs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -221,7 +248,16 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             complete = self._step % self._steps_per_rollout == 0
         if complete:
             self._finish_iteration("train")
+        if self.accelerator.sync_gradients:
+            self._observe_lengths()
         return loss
+
+    def _observe_lengths(self) -> None:
+        """Tells length-decay, at the end of an optimizer step, the mean length over the rollouts made in it."""
+        lengths, self._rollout_lengths = self._rollout_lengths, []
+        if lengths and self._length_decay is not None:
+            # All rollouts have as many completions, so this is the mean over completions, and what TRL logs.
+            self._length_decay.observe(self.state.global_step + 1, sum(lengths) / len(lengths))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as TRL does; the discrepancy is reduced once, over all batches."""

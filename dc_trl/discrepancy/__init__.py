@@ -5,9 +5,12 @@ from dc_trl.discrepancy.metrics import correction_metrics, discrepancy_metrics, 
 from dc_trl.discrepancy.summary import combine, summarise
 from dc_trl.discrepancy.tokens import (
     DISCREPANCY_METRICS,
+    HIGHEST_SAMPLING_LOGP,
     LOG_RATIO_BOUND,
+    LOWEST_SAMPLING_LOGP,
     METRICS,
     DiscrepancyMetric,
+    is_scored,
     token_discrepancy,
     trajectory_mean,
     valid_tokens,
@@ -15,12 +18,15 @@ from dc_trl.discrepancy.tokens import (
 
 __all__ = [
     "DISCREPANCY_METRICS",
+    "HIGHEST_SAMPLING_LOGP",
     "LOG_RATIO_BOUND",
+    "LOWEST_SAMPLING_LOGP",
     "METRICS",
     "DiscrepancyMetric",
     "combine",
     "correction_metrics",
     "discrepancy_metrics",
+    "is_scored",
     "mean_discrepancy",
     "metrics",
     "summarise",

@@ -54,7 +54,7 @@ def metrics(summary: Tensor, average: str = "trajectory") -> dict[str, Tensor]:
         "ppl_ratio": s["ppl_ratio"] / sequences,
         "log_ppl_abs_diff": s["abs_seq_log_ratio"] / sequences,
         "log_ppl_abs_diff_per_token": s["abs_mean_log_ratio"] / sequences,
-        "nan_fraction": s["nan_tokens"] / s["tokens"],
+        "nan_fraction": s["unscored_tokens"] / s["tokens"],
         "importance_ratio/min": torch.where(n > 0, -s["neg_ratio_min"], torch.nan),
         "importance_ratio/mean": s["ratio"] / n,
         "importance_ratio/max": torch.where(n > 0, s["ratio_max"], torch.nan),
@@ -63,14 +63,18 @@ def metrics(summary: Tensor, average: str = "trajectory") -> dict[str, Tensor]:
 
 
 def correction_metrics(summary: Tensor) -> dict[str, Tensor]:
-    """What TRL logs under `sampling/` for its own correction, from the same summary: scalars under TRL's key names."""
+    """What TRL logs under `sampling/` for its own correction, from the same summary: scalars under TRL's key names.
+
+    NaN where no token counts, as in `metrics`: TRL's log makes it null.
+    """
     s = named(summary)
+    n = s["valid"]
     return {
-        "sampling_logp_difference/mean": s["abs_log_ratio"] / s["valid"],
-        "sampling_logp_difference/max": s["abs_log_ratio_max"],
-        "importance_sampling_ratio/min": -s["neg_correction_min"],
-        "importance_sampling_ratio/mean": s["correction"] / s["valid"],
-        "importance_sampling_ratio/max": s["correction_max"],
+        "sampling_logp_difference/mean": s["abs_log_ratio"] / n,
+        "sampling_logp_difference/max": torch.where(n > 0, s["abs_log_ratio_max"], torch.nan),
+        "importance_sampling_ratio/min": torch.where(n > 0, -s["neg_correction_min"], torch.nan),
+        "importance_sampling_ratio/mean": s["correction"] / n,
+        "importance_sampling_ratio/max": torch.where(n > 0, s["correction_max"], torch.nan),
     }
 
 

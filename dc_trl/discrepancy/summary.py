@@ -45,7 +45,7 @@ SUMS = (
     "abs_mean_log_ratio",
     # over unmasked tokens
     "tokens",
-    "nan_tokens",
+    "unscored_tokens",
 )
 MAXIMA = (
     "discrepancy_max",
@@ -77,7 +77,8 @@ def summarise(
 
     Args:
         train_logps, sampling_logps: log π and log μ, (B, T).
-        mask: (B, T); 0 for padding, tool tokens and masked completions.
+        mask: (B, T); 0 for padding, tool tokens and masked completions. Unmasked tokens that an engine did not score,
+            as `valid_tokens` says, are counted and otherwise left out.
         metric: the discrepancy metric.
         discrepancy: (B, T), by that metric, where it is known already.
         correction: importance-sampling ratio as applied, (B, T) or (B, 1); π/μ where omitted.
@@ -87,7 +88,7 @@ def summarise(
     Returns:
         (K,) float64 (float32 on devices without it). Masked positions contribute nothing, whatever they hold.
     """
-    valid = valid_tokens(sampling_logps, mask)
+    valid = valid_tokens(sampling_logps, mask, train_logps)
     dtype = torch.float32 if train_logps.device.type == "mps" else torch.float64
     if discrepancy is None:
         discrepancy = token_discrepancy(train_logps, sampling_logps, metric)
@@ -130,7 +131,7 @@ def summarise(
     counted = mask.bool()
     parts = {name: torch.where(valid, x.to(dtype), 0.0).sum() for name, x in sums.items()}
     parts |= _sequence_sums(d, log_ratio, valid)
-    parts |= {"tokens": counted.sum().to(dtype), "nan_tokens": (counted & ~valid).sum().to(dtype)}
+    parts |= {"tokens": counted.sum().to(dtype), "unscored_tokens": (counted & ~valid).sum().to(dtype)}
     parts |= {name: _maximum(x, valid) for name, x in maxima.items()}
     parts[HISTOGRAM] = _histogram(d, valid)
     return _flat(parts)

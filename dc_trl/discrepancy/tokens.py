@@ -3,6 +3,9 @@
 
 Shapes: B sequences, T completion tokens. π (`train_logps`) is the training engine's probability of a token, μ
 (`sampling_logps`) the sampling engine's; both arrive as natural logarithms, and `log_ratio = log π − log μ`.
+
+What an engine reports may be no log-prob at all: NaN, an infinity, a placeholder. `is_scored` is the rule for that.
+What it leaves out is not valid anywhere, and is selected away before anything is exponentiated.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,13 @@ from torch import Tensor
 
 # exp(20) = 4.9e8: far beyond any ratio that carries information, and its square still fits a float32.
 LOG_RATIO_BOUND = 20.0
+
+# What a sampling engine can mean by the log-prob of a token that it drew. Above 0 lies a logit minus a logsumexp whose
+# rounding errors differ: some 1e-6 in float32 at usual logits, 1e-4 at logits of a thousand. Below −103 even float32's
+# subnormals have no number for μ, and a token with μ = 0 is never drawn: it is a placeholder, such as the −9999 that
+# vLLM writes for −inf.
+HIGHEST_SAMPLING_LOGP = 1e-3
+LOWEST_SAMPLING_LOGP = -103.0
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
@@ -67,10 +77,10 @@ def token_discrepancy(train_logps: Tensor, sampling_logps: Tensor, metric: str =
     Args:
         train_logps: log π, any shape, in nats.
         sampling_logps: log μ, same shape; NaN where the engine could not score the token.
-        metric: one of the three above.
+        metric: one of the three above. In the last two the log-ratio is clamped to ±`LOG_RATIO_BOUND`.
 
     Returns:
-        Same shape, float32, ≥ 0; 0 where `sampling_logps` is NaN.
+        Same shape, float32, ≥ 0; 0 where log μ is not scored, as `is_scored` says, or log π is not finite.
 
     Raises:
         ValueError: for an unknown metric.
@@ -79,13 +89,39 @@ def token_discrepancy(train_logps: Tensor, sampling_logps: Tensor, metric: str =
         raise ValueError(
             f"`metric` is {metric!r}, which is not a discrepancy metric: use one of {DISCREPANCY_METRICS}."
         )
-    discrepancy = METRICS[metric].of(train_logps.float(), sampling_logps.float())
-    return torch.where(sampling_logps.isnan(), torch.zeros_like(discrepancy), discrepancy)
+    scored = is_scored(sampling_logps) & train_logps.isfinite()
+    # Selected before any exp: what is not scored becomes 0 on both sides, whose discrepancy is 0 by every metric.
+    log_pi = torch.where(scored, train_logps.float(), 0.0)
+    log_mu = torch.where(scored, sampling_logps.float(), 0.0)
+    return METRICS[metric].of(log_pi, log_mu)
 
 
-def valid_tokens(sampling_logps: Tensor, mask: Tensor) -> Tensor:
-    """Tokens that count, (B, T) bool: unmasked, and scored by the sampling engine (not NaN)."""
-    return mask.bool() & ~sampling_logps.isnan()
+def is_scored(sampling_logps: Tensor) -> Tensor:
+    """Where the sampling engine gave a log-prob that a drawn token can have, same shape, bool.
+
+    That is a finite number between `LOWEST_SAMPLING_LOGP` (below it μ is 0) and `HIGHEST_SAMPLING_LOGP` (0, and what
+    rounding adds). NaN, ±inf, a probability above 1 and placeholders such as vLLM's −9999 are not scored. Such a token
+    has no discrepancy, no penalty and an importance ratio of 1, and counts in no mean. The rule is ours.
+
+    Args:
+        sampling_logps: log μ, any shape, in nats.
+    """
+    return (sampling_logps >= LOWEST_SAMPLING_LOGP) & (sampling_logps <= HIGHEST_SAMPLING_LOGP)  # False for NaN
+
+
+def valid_tokens(sampling_logps: Tensor, mask: Tensor, train_logps: Tensor | None = None) -> Tensor:
+    """Tokens that count, bool: unmasked, and scored by the sampling engine, as `is_scored` says.
+
+    Args:
+        sampling_logps: log μ, (B, T), in nats.
+        mask: (B, T); 0 for tokens that do not count.
+        train_logps: log π, (B, T); where given, a token whose log π is not finite does not count either.
+
+    Returns:
+        (B, T).
+    """
+    valid = mask.bool() & is_scored(sampling_logps)
+    return valid if train_logps is None else valid & train_logps.isfinite()
 
 
 def trajectory_mean(values: Tensor, valid: Tensor) -> Tensor:

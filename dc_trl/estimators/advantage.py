@@ -29,14 +29,15 @@ def rloo_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     return advantages.flatten()
 
 
-def zero_variance_groups(rewards: Tensor, num_generations: int) -> Tensor:
+def zero_variance_groups(rewards: Tensor, num_generations: int, tolerance: float = 0.0) -> Tensor:
     """Completions whose whole group has one and the same reward, (N,) bool: their advantage says nothing.
 
     Args:
-        rewards: (N,), groups contiguous; NaN entries are ignored, and a group without any reward counts.
+        rewards: or advantages, (N,), groups contiguous; NaN entries are ignored, and a group without any counts.
         num_generations: G.
+        tolerance: largest difference within a group that is none, in units of `rewards`.
     """
     grouped = rewards.view(-1, num_generations)
     highest = grouped.nan_to_num(nan=-torch.inf).amax(1)
     lowest = grouped.nan_to_num(nan=torch.inf).amin(1)
-    return (highest <= lowest).repeat_interleave(num_generations)
+    return (highest <= lowest + tolerance).repeat_interleave(num_generations)

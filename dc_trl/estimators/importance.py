@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dc_trl.discrepancy import LOG_RATIO_BOUND
+
 IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -25,11 +27,12 @@ def importance_sampling_ratio(
     """The weight ρ = π/μ that corrects for sampling with μ; length-decay paper (arXiv 2602.01826) eq. 4–6.
 
     `*_truncate` clamps ρ to [clip_min, clip_max] (eq. 5, TIS); `*_mask` sets it to 0 outside (eq. 6, MIS).
-    `token_*` takes one ρ per token, `sequence_*` the product over the sequence.
+    `token_*` takes one ρ per token, `sequence_*` the product over the sequence. Without an upper bound ρ is at most
+    exp(`LOG_RATIO_BOUND`): an infinite weight times an advantage of 0 would be NaN.
 
     Args:
         train_logps, sampling_logps: log π and log μ, (B, T).
-        valid: (B, T) bool; the others contribute a ratio of 1.
+        valid: (B, T) bool, of `valid_tokens`; the others contribute a ratio of 1.
         mode: one of `IMPORTANCE_SAMPLING_MODES`.
         clip_min, clip_max: bounds; None for none.
 
@@ -46,11 +49,11 @@ def importance_sampling_ratio(
     log_ratio = torch.where(valid, train_logps - sampling_logps, torch.zeros_like(train_logps))
     if mode.startswith("sequence"):
         log_ratio = log_ratio.sum(-1, keepdim=True)
-    ratio = log_ratio.exp()
-    if mode.endswith("truncate"):
-        return ratio.clamp(min=clip_min, max=clip_max), torch.ones_like(ratio, dtype=torch.bool)
+    ratio = log_ratio.clamp(max=LOG_RATIO_BOUND).exp()
     low = -math.inf if clip_min is None else clip_min
     high = math.inf if clip_max is None else clip_max
+    if mode.endswith("truncate"):
+        return ratio.clamp(min=low, max=high), torch.ones_like(ratio, dtype=torch.bool)
     kept = (ratio >= low) & (ratio <= high)
     return torch.where(kept, ratio, torch.zeros_like(ratio)), kept
 

@@ -2,16 +2,28 @@
 """Files with one JSON object a line that processes append to, and may be killed while they do."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
 def append_lines(path: Path, values: Iterable[Any]) -> None:
-    """Appends a line for each value; makes the directory if missing. What JSON has no word for is written as text."""
+    """Appends a line for each value; makes the directory if missing.
+
+    Numbers that JSON has no word for, NaN and the infinities, become null; other things that it has none for, text.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(value, default=str) + "\n" for value in values))
+        file.write("".join(json.dumps(_finite(value), default=str, allow_nan=False) + "\n" for value in values))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def mend_end(path: Path) -> None:

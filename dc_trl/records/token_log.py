@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from dc_trl.discrepancy import is_scored
 from dc_trl.step import Step
 
 FOLDER = "tokens"
@@ -36,9 +37,9 @@ SCHEMA = pa.schema(
         ("prompt", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
-"""A row is a completion token with a sampling log-prob: step, completion (its index in the batch) and position; log π
-and log μ; discrepancy by the run's metric; penalty as it was taken off; advantage before it; whether the token counts
-in loss and discrepancy; and the prompt as text."""
+"""A row is a completion token that the sampling engine scored (`dc_trl.discrepancy.is_scored`): step, completion (its
+index in the batch) and position; log π and log μ; discrepancy by the run's metric; penalty as it was taken off;
+advantage before it; whether the token counts in loss and discrepancy; and the prompt as text."""
 
 
 class TokenLog:
@@ -132,7 +133,7 @@ _TOKEN_COLUMNS = (
 def _sequences(batch: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """The sequences of a micro-batch, each as columns of its scored tokens and the ids of its prompt."""
     columns = {name: _column(batch[name].expand_as(batch["token_id"])) for name in _TOKEN_COLUMNS}
-    scored = batch["shown"].cpu().numpy() & ~np.isnan(columns["sampling_logp"])
+    scored = (batch["shown"] & is_scored(batch["sampling_logp"])).cpu().numpy()
     prompts = _column(batch["prompt_ids"])
     prompt_masks = batch["prompt_mask"].bool().cpu().numpy()
     found = []

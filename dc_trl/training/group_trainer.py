@@ -10,6 +10,10 @@ from trl import GRPOTrainer
 from dc_trl.config import SEQUENCE_MEAN_LOSSES, DCGRPOConfig
 from dc_trl.estimators.advantage import rloo_advantages, zero_variance_groups
 
+# Advantages of `multi_objective_aggregation="normalize_then_sum"` have a standard deviation of 1 over the batch. Where
+# the normalised rewards of a group cancel, as a reward and its opposite do, rounding leaves 1e-7 or so. Our value.
+CANCELLED_ADVANTAGE = 1e-5
+
 
 class GroupEstimatorsTrainer(GRPOTrainer):
     """GRPO with `advantage_estimator` and `zero_variance_groups` of [`DCGRPOConfig`].
@@ -17,7 +21,8 @@ class GroupEstimatorsTrainer(GRPOTrainer):
     Both act on the scored generation batch, so they need no part of the loss:
 
     - `rloo` replaces `advantages` by leave-one-out ones.
-    - `drop` sets the `tool_mask` of groups whose rewards are all equal to 0, which takes them out of gradient and
+    - `drop` sets the `tool_mask` of groups without signal to 0 (rewards that are all equal or, where TRL
+      normalises each reward function before it sums, advantages that are), which takes them out of gradient and
       penalty, and takes them out of the loss's normaliser: `num_items_in_batch` for losses that divide by tokens, and
       for those that divide by sequences or micro-batches the advantages are scaled, in which these losses are linear.
 
@@ -71,8 +76,17 @@ class GroupEstimatorsTrainer(GRPOTrainer):
             logged[-i] = value
         batch["advantages"] = self._local(advantages, batch)
 
+    def _without_signal(self, batch: dict[str, Any]) -> Tensor:
+        """Completions of groups whose advantages say nothing, (N,) bool, over all processes."""
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            return zero_variance_groups(self._rewards, self._group_size)
+        # Each function's rewards were normalised by themselves: with an equal sum they can differ, and so can A.
+        advantages = self.accelerator.gather(batch["advantages"])
+        advantages = torch.where(self._rewards.isnan(), torch.nan, advantages)  # TRL's 0 for "no reward"
+        return zero_variance_groups(advantages, self._group_size, tolerance=CANCELLED_ADVANTAGE)
+
     def _drop_zero_variance_groups(self, batch: dict[str, Any]) -> None:
-        keep = ~zero_variance_groups(self._rewards, self._group_size)
+        keep = ~self._without_signal(batch)
         completion_mask = batch["completion_mask"]
         tool_mask = batch.get("tool_mask", torch.ones_like(completion_mask))
         batch["measured_mask"] = completion_mask * tool_mask

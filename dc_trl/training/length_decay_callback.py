@@ -115,9 +115,10 @@ class LengthDecayCallback(TrainerCallback, ExportableState):
         return {f"length_decay/{name}": float(value) for name, value in values.items() if value is not None}
 
     def observe(self, step: int, mean_length: float) -> None:
-        """Takes the mean completion length (tokens) of the batch of update `step`; on a surge, sets the period.
+        """Takes the mean completion length (tokens) of update `step`; on a surge, sets the period.
 
-        For a trainer that knows it at every step; the logged value of a step observed before is then ignored. Every
+        For a trainer that knows it at every step, over all generation batches of the update: a step is counted once,
+        and a second call for it is ignored. The logged value of a step observed before is then ignored. Every
         rank must pass the same number.
         """
         surged = self.detector.update(step, mean_length)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dc_trl.constraint import discrepancy_penalty, penalised_advantages
+from dc_trl.discrepancy import DISCREPANCY_METRICS, token_discrepancy, valid_tokens
 from dc_trl.estimators.advantage import rloo_advantages, zero_variance_groups
 from dc_trl.estimators.importance import importance_sampling_ratio
 
@@ -70,6 +71,12 @@ def test_zero_variance_groups() -> None:
     assert torch.equal(zero_variance_groups(rewards, 2), expected)
 
 
+def test_differences_within_the_tolerance_are_none() -> None:
+    advantages = torch.tensor([0.1, 0.1001, 0.1, 0.2, torch.nan, 0.3, torch.inf, torch.inf])
+    expected = torch.tensor([True, True, False, False, True, True, True, True])
+    assert torch.equal(zero_variance_groups(advantages, 2, tolerance=1e-3), expected)
+
+
 TRAIN = torch.tensor([[0.9, 0.1], [0.3, 0.5]]).log()
 SAMPLING = torch.tensor([[0.3, 0.2], [0.3, 0.5]]).log()  # ratios 3, 0.5 | 1, 1; sequence ratios 1.5, 1
 
@@ -96,13 +103,37 @@ def test_sequence_mask_drops_the_whole_sequence() -> None:
     assert ratio.flatten().tolist() == pytest.approx([0.0, 1.0]) and kept.flatten().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("poison", [1e4, -1e4, torch.nan])
+@pytest.mark.parametrize("poison", [1e4, -1e4, torch.nan, torch.inf, -torch.inf])
 def test_invalid_tokens_have_ratio_one(poison: float) -> None:
     sampling = SAMPLING.clone()
     sampling[1, 1] = poison
     valid = torch.tensor([[True, True], [True, False]])
     ratio, _ = importance_sampling_ratio(TRAIN, sampling, valid, mode="token_truncate", clip_min=0.5, clip_max=2.0)
     assert ratio[1, 1] == 1
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate", "token_mask", "sequence_mask"])
+def test_a_ratio_without_an_upper_bound_is_finite(mode: str) -> None:
+    sampling = torch.full((2, 2), -100.0)  # e^100, which float32 does not hold
+    valid = torch.ones(2, 2, dtype=torch.bool)
+    ratio, _ = importance_sampling_ratio(TRAIN, sampling, valid, mode=mode, clip_min=None, clip_max=None)
+    assert ratio.isfinite().all() and ratio.min() > 1e8
+
+
+@pytest.mark.parametrize("constraint", ["fixed", "lagrangian", "threshold"])
+@pytest.mark.parametrize("multiplier", [0.0, 1.0])
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan, -9999.0])
+def test_an_unscored_token_has_no_penalty(constraint: str, multiplier: float, value: float) -> None:
+    sampling = SAMPLING.clone()
+    sampling[0, 0] = value
+    for level in ("token", "sequence"):
+        for metric in DISCREPANCY_METRICS:
+            penalty = discrepancy_penalty(
+                token_discrepancy(TRAIN, sampling, metric), valid_tokens(sampling, torch.ones(2, 2)),
+                constraint=constraint, multiplier=multiplier, tolerance=1e-3, level=level,
+            )  # fmt: skip
+            assert penalty[0, 0] == 0 and penalty.isfinite().all()
+            assert (penalty[0, 1] > 0) == (multiplier > 0)
 
 
 def test_unknown_mode_is_named() -> None:

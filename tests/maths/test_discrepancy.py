@@ -7,18 +7,24 @@ import pytest
 import torch
 
 from dc_trl.discrepancy import (
+    DISCREPANCY_METRICS,
+    LOG_RATIO_BOUND,
     combine,
     correction_metrics,
     discrepancy_metrics,
+    is_scored,
     mean_discrepancy,
     metrics,
     summarise,
     token_discrepancy,
+    valid_tokens,
 )
 
 LOG = torch.tensor([[0.5, 0.2], [0.4, 0.1]]).log()
 MU = torch.tensor([[0.4, 0.25], [0.4, 0.2]]).log()
 ONES = torch.ones(2, 2)
+# No drawn token has such a log-prob; −9999 is what vLLM's server writes for −inf.
+UNSCORED = [torch.nan, torch.inf, -torch.inf, 0.5, 10_000.0, -9999.0, -1e30]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,48 @@ def test_nan_sampling_gives_zero(metric: str) -> None:
     sampling[0, 1] = torch.nan
     result = token_discrepancy(LOG, sampling, metric)
     assert result[0, 1] == 0 and result.isfinite().all() and result[0, 0] > 0
+
+
+@pytest.mark.parametrize("metric", DISCREPANCY_METRICS)
+@pytest.mark.parametrize("value", UNSCORED)
+def test_what_is_no_log_prob_is_not_scored(metric: str, value: float) -> None:
+    sampling = MU.clone()
+    sampling[0, 1] = value
+    expected = token_discrepancy(LOG, MU, metric)
+    expected[0, 1] = 0
+    assert torch.equal(token_discrepancy(LOG, sampling, metric), expected)
+    assert torch.equal(valid_tokens(sampling, ONES), torch.tensor([[True, False], [True, True]]))
+    left_out = summarise(LOG, MU, torch.tensor([[1, 0], [1, 1]]), metric=metric)
+    summary = summarise(LOG, sampling, ONES, metric=metric)
+    for read in (metrics, correction_metrics):
+        for key, value in read(left_out).items():
+            if key != "nan_fraction":
+                torch.testing.assert_close(read(summary)[key], value, rtol=0, atol=0, equal_nan=True, msg=key)
+    assert metrics(summary)["nan_fraction"] == 0.25
+
+
+def test_rounding_above_zero_and_improbable_tokens_are_scored() -> None:
+    assert is_scored(torch.tensor([0.0, 1e-7, 1e-5, -1e-9, -20.0, -100.0])).all()
+    assert token_discrepancy(torch.zeros(1), torch.full((1,), 1e-6)).item() == pytest.approx(1e-6, rel=0.1)
+
+
+@pytest.mark.parametrize(("metric", "most"), [("logprob_diff", 20.0), ("prob_ratio", math.expm1(20.0))])
+def test_a_log_ratio_is_bounded(metric: str, most: float) -> None:
+    improbable = torch.tensor([-0.1, -60.0]), torch.tensor([-60.0, -0.1])
+    bounds = [most, 20.0 if metric == "logprob_diff" else 1.0]  # 1 − exp(−20)
+    assert token_discrepancy(*improbable, metric).tolist() == pytest.approx(bounds) and LOG_RATIO_BOUND == 20
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_log_prob_of_the_trainer_that_is_not_finite_is_counted_and_left_out(value: float) -> None:
+    train = LOG.clone()
+    train[0, 1] = value
+    assert torch.equal(valid_tokens(MU, ONES, train), torch.tensor([[True, False], [True, True]]))
+    assert all(token_discrepancy(train, MU, metric)[0, 1] == 0 for metric in DISCREPANCY_METRICS)
+    masked, values = discrepancy_metrics(LOG, MU, torch.tensor([[1, 0], [1, 1]])), discrepancy_metrics(train, MU, ONES)
+    assert values.pop("nan_fraction") == 0.25
+    for key, x in values.items():
+        torch.testing.assert_close(x, masked[key], equal_nan=True, msg=key)
 
 
 def test_unknown_metric_is_named() -> None:
@@ -86,7 +134,7 @@ def test_trajectory_and_token_average_differ_on_ragged_lengths() -> None:
     assert mean_discrepancy(summary, "token").item() == pytest.approx((0.1 + 0.0 + 0.1) / 3)
 
 
-@pytest.mark.parametrize("poison", [10_000.0, -10_000.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("poison", [10_000.0, -10_000.0, torch.nan, torch.inf, -torch.inf])
 def test_masked_positions_change_nothing(poison: float) -> None:
     mask = torch.tensor([[1, 0], [1, 1]])
     train, sampling = LOG.clone(), MU.clone()
@@ -107,7 +155,8 @@ def test_nan_tokens_are_counted_but_not_averaged() -> None:
 
 def test_empty_mask_is_nan_and_disappears_when_combined() -> None:
     empty = summarise(LOG, MU, torch.zeros(2, 2))
-    assert metrics(empty)["discrepancy/mean"].isnan() and metrics(empty)["discrepancy/max"].isnan()
+    for key, value in (metrics(empty) | correction_metrics(empty)).items():
+        assert value.isnan(), key
     full = summarise(LOG, MU, ONES)
     both = combine(torch.stack([empty, full]))
     for key, value in metrics(full).items():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are appended to: what a killed process or an editor left at their end."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,8 @@ def test_a_line_that_was_cut_off_goes_and_a_whole_one_stays(tmp_path: Path, left
     mend_end(path)
     append_lines(path, [{"c": 3}, {"path": Path("x")}])
     assert path.read_text() == mended + '{"c": 3}\n{"path": "x"}\n'
+
+
+def test_numbers_that_json_has_no_word_for_are_null(tmp_path: Path) -> None:
+    append_lines(tmp_path / "log.jsonl", [{"a": math.inf, "b": [-math.inf, 1.5, {"c": math.nan}], "d": True}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"a": null, "b": [null, 1.5, {"c": null}], "d": true}\n'

@@ -73,10 +73,11 @@ def test_each_completion_of_an_iteration_stands_there_once(
     assert not frame.duplicated(["completion", "position"]).any()
 
 
-def test_tokens_without_a_log_prob_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [None, float("-inf"), float("inf"), -9999.0, 0.5])
+def test_tokens_without_a_log_prob_are_left_out(tmp_path: Path, value: float | None) -> None:
     def lose_first(logprobs: list[list[Any]]) -> None:
         for row in logprobs:
-            row[0] = None
+            row[0] = value
 
     trainer = dc_trainer(
         tmp_path, log_tokens=True, constraint="none", max_steps=1, rollout_func=replayed_rollouts(edit=lose_first)
@@ -84,6 +85,7 @@ def test_tokens_without_a_log_prob_are_left_out(tmp_path: Path) -> None:
     trainer.train()
     frame = tokens(tmp_path, 1)
     assert frame["position"].min() == 1 and (frame["penalty"] == 0).all()
+    assert np.isfinite(frame["discrepancy"]).all() and frame["valid"].all()
 
 
 def test_tokens_that_do_not_count_are_marked(tmp_path: Path) -> None:

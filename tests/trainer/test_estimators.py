@@ -124,6 +124,57 @@ def test_dropping_works_within_a_micro_batch_and_makes_a_difference(
     assert (kept - alone).norm() > 0.1 * alone.norm()
 
 
+def three_with_a_constant_sum(prompts: list[str]) -> list[Any]:
+    """Reward functions whose sum is 1 for every completion; the completions of a flat group have the same three."""
+
+    def share(place: int) -> Any:
+        def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+            lengths = [0 if prompt[0] in FLAT else len(c) for prompt, c in zip(prompts, completions, strict=True)]
+            shares = [(x / 8, (x % 3) / 8) for x in lengths]
+            return [(*pair, 1.0 - sum(pair))[place] for pair in shares]
+
+        reward.__name__ = f"share_{place}"
+        return reward
+
+    return [share(place) for place in range(3)]
+
+
+@both_controllers
+def test_rewards_that_are_normalised_one_by_one_have_signal_where_the_advantages_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: str
+) -> None:
+    options = {"multi_objective_aggregation": "normalize_then_sum", "reward_funcs": three_with_a_constant_sum("2345")}
+    options |= {"reward_weights": [1.0, 2.0, 0.5], **CONTROLLERS[controller]}
+    alone, _ = one_step(tmp_path, "24", monkeypatch, **options)
+    dropped, trainer = one_step(tmp_path, "2345", monkeypatch, zero_variance_groups="drop", **options)
+    kept, _ = one_step(tmp_path, "2345", monkeypatch, **options)
+    assert (kept - dropped).norm() > 0.1 * alone.norm()
+    check_control(trainer, controller)
+    # The divisor of TRL's advantages spans the batch, so two flat groups raise the others' by √(15/7).
+    cosine = torch.nn.functional.cosine_similarity(dropped, alone, dim=0)
+    assert cosine > 0.999 if controller == "lagrangian" else cosine > 1 - 1e-6
+
+
+def test_a_reward_and_its_opposite_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opposite_for_4(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [0.1 - len(c) if p[0] == "4" else float(len(c)) for p, c in zip(prompts, completions, strict=True)]
+
+    masks: list[torch.Tensor] = []
+    drop = DCGRPOTrainer._drop_zero_variance_groups
+
+    def recording(self: DCGRPOTrainer, batch: dict[str, Any]) -> None:
+        drop(self, batch)
+        masks.append(batch["tool_mask"])
+
+    monkeypatch.setattr(DCGRPOTrainer, "_drop_zero_variance_groups", recording)
+    options = {
+        "multi_objective_aggregation": "normalize_then_sum",
+        "reward_funcs": [length_unless_flat, opposite_for_4],
+    }
+    one_step(tmp_path, "24", monkeypatch, zero_variance_groups="drop", **options)
+    assert masks[0][:4].all() and not masks[0][4:].any()
+
+
 @pytest.mark.parametrize("loss", ["dapo", "cispo"])
 def test_dropping_leaves_the_reference_term_of_the_others_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str

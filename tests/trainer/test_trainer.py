@@ -123,6 +123,46 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
+def growing_rollouts() -> Callable[..., dict[str, Any]]:
+    """A `rollout_func` whose n-th rollout has n tokens a completion, on average and exactly, give or take one."""
+    calls: list[int] = []
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        calls.append(1)
+        lengths = [len(calls) + (1, -1)[i % 2] * (len(calls) > 1) for i in range(len(prompts))]
+        ids = [[6 + (i + t) % 30 for t in range(length)] for i, length in enumerate(lengths)]
+        logprobs = [[-2.0] * length for length in lengths]
+        return {"prompt_ids": [[5, 6]] * len(prompts), "completion_ids": ids, "logprobs": logprobs}
+
+    return rollout
+
+
+@pytest.mark.parametrize("layout", [ALIGNED, SPANNING, REUSED, SPLIT])
+@pytest.mark.parametrize("constraint", ["none", "lagrangian"])
+def test_length_decay_sees_every_rollout_of_a_step(
+    tmp_path: Path, layout: tuple[int, int, int], constraint: str
+) -> None:
+    options = {"constraint": constraint, "length_decay": True, "max_steps": 4, **batching(layout)}
+    trainer = dc_trainer(tmp_path, rollout_func=growing_rollouts(), max_completion_length=32, **options)
+    trainer.train()
+    lengths = trainer._length_decay.detector.state_dict()["lengths"]
+    # SPANNING: rollouts 1 and 2 in step 1, 3 and 4 in step 2, and so on. REUSED and SPLIT: one for two steps.
+    expected = {ALIGNED: [1, 2, 3, 4], SPANNING: [1.5, 3.5, 5.5, 7.5], REUSED: [1, 2], SPLIT: [1, 2]}[layout]
+    assert lengths == pytest.approx(expected)
+    assert lengths == logged(trainer, "completions/mean_length")
+
+
+def test_length_decay_resumes_between_steps_of_several_rollouts(tmp_path: Path) -> None:
+    options = {"length_decay": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, **batching(SPANNING)}
+    whole = dc_trainer(tmp_path / "run", **options)
+    whole.train()
+    resumed = dc_trainer(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    state = whole._length_decay.detector.state_dict()
+    assert state["steps"] == [1, 2, 3, 4] and state["lengths"] == logged(whole, "completions/mean_length")
+    assert resumed._length_decay.detector.state_dict() == state
+
+
 def test_resume_inside_the_calibration(tmp_path: Path) -> None:
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "tolerance_calibration_batches": 3}
     whole = dc_trainer(tmp_path / "run", **options)
@@ -191,6 +231,143 @@ def test_masked_truncated_completions_do_not_count(tmp_path: Path) -> None:
     trainer.train()  # no replayed completion ends, so all are masked
     assert logged(trainer, "dc/discrepancy/mean") == [None]
     assert trainer.dual.value == 0.1 and trainer.discrepancy_tolerance is None
+
+
+def strict_log(folder: Path) -> list[dict[str, Any]]:
+    """The entries of log.jsonl, which must be JSON to the letter."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [entry for line in lines if "start" not in (entry := json.loads(line, parse_constant=refuse))]
+
+
+@pytest.mark.parametrize("options", [{}, {"constraint": "none"}, {"discrepancy_tolerance": 0.01}], ids=str)
+def test_a_batch_without_a_valid_token_logs_null(tmp_path: Path, options: dict[str, Any]) -> None:
+    options = options | {"mask_truncated_completions": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    evaluation = PROMPTS.select(range(4))
+    trainer = dc_trainer(tmp_path, rollout_func=replayed_rollouts(), eval_dataset=evaluation, **options)
+    trainer.train()
+    entries = strict_log(tmp_path)
+    train, evaluated = entries[0], next(e for e in entries if "eval_reward" in e)
+    for entry, prefix in ((train, ""), (evaluated, "eval_")):
+        measured = {k: v for k, v in entry.items() if k.startswith((f"{prefix}dc/", f"{prefix}sampling/"))}
+        applied = {f"{prefix}dc/multiplier"}
+        applied |= {f"{prefix}dc/tolerance"} if options.get("discrepancy_tolerance") else set()
+        applied |= {"dc/grad_norm_smoothed"} if not prefix else set()
+        assert {key for key, value in measured.items() if value is not None} == applied
+        assert len(measured) - len(applied) >= 19
+        assert any("sampling/" in key for key in measured) == (options.get("constraint") != "none")
+    assert weights(trainer).isfinite().all()
+
+
+# What an engine may return where it has no log-prob, beside None; −9999 is vLLM's word for −inf.
+NO_LOG_PROB = [math.nan, -math.inf, math.inf, -9999.0, 0.7, 3.0]
+
+
+@pytest.mark.parametrize("value", NO_LOG_PROB)
+@pytest.mark.parametrize("multiplier", [0.0, 0.5])
+def test_a_sampling_log_prob_that_is_none_trains_like_a_missing_one(
+    tmp_path: Path, value: float, multiplier: float
+) -> None:
+    def run(value: float | None) -> DCGRPOTrainer:
+        def edit(logprobs: list[list[Any]]) -> None:
+            logprobs[0][1] = logprobs[5][0] = value
+
+        trainer = dc_trainer(
+            tmp_path, rollout_func=replayed_rollouts(edit=edit), discrepancy_metric="logprob_diff", max_steps=2,
+            constraint="fixed", multiplier_init=multiplier, discrepancy_tolerance=0.1,
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    missing, other = run(None), run(value)
+    assert torch.equal(weights(other), weights(missing)) and weights(other).isfinite().all()
+    assert not torch.equal(weights(other), weights_at_start())
+    ours, theirs = (
+        [{k: v for k, v in e.items() if k.startswith(("dc/", "sampling/", "loss"))} for e in t.state.log_history]
+        for t in (other, missing)
+    )
+    assert ours == theirs
+    assert logged(other, "dc/nan_fraction")[0] > 0 and all(map(math.isfinite, logged(other, "dc/discrepancy/mean")))
+
+
+@pytest.mark.parametrize("metric", ["prob_diff", "prob_ratio", "logprob_diff"])
+def test_one_infinite_log_prob_leaves_weights_multiplier_and_tolerance_finite(tmp_path: Path, metric: str) -> None:
+    def edit(logprobs: list[list[Any]]) -> None:
+        logprobs[0][1] = -math.inf
+
+    trainer = dc_trainer(
+        tmp_path, rollout_func=replayed_rollouts(edit=edit), discrepancy_metric=metric, tolerance_calibration_batches=1
+    )
+    trainer.train()
+    assert weights(trainer).isfinite().all() and all(logged(trainer, "grad_norm"))
+    assert math.isfinite(trainer.dual.value) and math.isfinite(trainer.discrepancy_tolerance or math.nan)
+
+
+def weights_at_start() -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+
+
+def break_forward(trainer: DCGRPOTrainer, value: float, after: int) -> None:
+    """After `after` calls, the trainer's forward gives `value` for the last log-prob of the longest completions."""
+    calls: list[int] = []
+    forward = trainer.model.forward
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        calls.append(1)
+        if len(calls) > after:
+            outputs.log_probs[:, -1] = outputs.log_probs[:, -1] * value  # a graph that NaN flows back through
+        return outputs
+
+    trainer.model.forward = broken  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("layout", [ALIGNED, SPANNING, REUSED])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_log_prob_of_the_trainer_that_is_not_finite_stops_before_the_weights(
+    tmp_path: Path, layout: tuple[int, int, int], value: float
+) -> None:
+    trainer = dc_trainer(tmp_path, rollout_func=replayed_rollouts(), **batching(layout))
+    break_forward(trainer, value, after=1)
+    with pytest.raises(FloatingPointError, match=r"\d log-probs of the training engine.*learning_rate.*constraint"):
+        trainer.train()
+    assert weights(trainer).isfinite().all()
+
+
+def test_without_a_constraint_a_nan_is_trls_business_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    trainer = dc_trainer(tmp_path, rollout_func=replayed_rollouts(), constraint="none", max_steps=1)
+    break_forward(trainer, math.nan, after=0)
+    trainer.train()
+    transformers.utils.logging.disable_propagation()
+    assert weights(trainer).isnan().any() and logged(trainer, "dc/nan_fraction")[0] > 0
+    assert all(math.isfinite(x) for x in logged(trainer, "dc/discrepancy/mean"))
+    assert sum("training engine are NaN" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("mode", ["token_mask", "sequence_mask", "token_truncate"])
+def test_without_a_constraint_a_rollout_func_shows_what_the_mask_would_take(tmp_path: Path, mode: str) -> None:
+    options = {"rollout_func": replayed_rollouts(), "vllm_importance_sampling_mode": mode, "max_steps": 1}
+    options |= {"vllm_importance_sampling_clip_max": {"sequence_mask": 1e-6}.get(mode, 0.1)}
+    measured = dc_trainer(tmp_path, constraint="none", **options)
+    measured.train()
+    applied = dc_trainer(tmp_path, constraint="fixed", multiplier_init=0.0, **options)
+    applied.train()
+    for key in ("dc/masked_fraction", "dc/discrepancy_kept/mean"):
+        assert logged(measured, key) == logged(applied, key)
+    assert (logged(measured, "dc/masked_fraction")[0] > 0) == mode.endswith("mask")
+    assert not logged(measured, "sampling/importance_sampling_ratio/max")  # nothing is applied
+    off = dc_trainer(tmp_path, constraint="none", vllm_importance_sampling_correction=False, **options)
+    off.train()
+    assert logged(off, "dc/masked_fraction") == [0.0]
+    assert torch.equal(weights(off), weights(measured))
 
 
 def test_evaluation_measures_and_leaves_the_multiplier_alone(tmp_path: Path) -> None:

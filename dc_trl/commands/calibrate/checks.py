@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dc_trl.commands.calibrate.scores import Mean, Scores, difference_stderr, mean_discrepancy, staleness
+from dc_trl.discrepancy import valid_tokens
 
 PASS, WARN, FAIL, NOT_RUN = "pass", "warn", "fail", "not run"
 
@@ -75,16 +76,20 @@ class Recommendation:
 
 
 def check_scored(scores: Scores) -> Verdict:
-    """Whether the engine gave a log-prob for every token."""
-    tokens, scored = int(scores.mask.sum()), int(scores.valid.sum())
+    """Whether both engines gave a log-prob for every token."""
+    tokens, valid = int(scores.mask.sum()), int(scores.valid.sum())
+    unscored = tokens - int(valid_tokens(scores.sampling_logps, scores.mask).sum())
     name = "scored tokens"
     if not tokens:
         return Verdict(
             name, FAIL, "No token counts: every completion is masked.",
             "Raise `max_completion_length`, or set `mask_truncated_completions: false`.",
         )  # fmt: skip
-    if scored < tokens:
-        message = f"{tokens - scored} of {tokens} tokens have no sampling log-prob (NaN)."
+    if unscored:
+        message = f"{unscored} of {tokens} tokens have no sampling log-prob (NaN, infinite, above 0, a placeholder)."
+        return Verdict(name, FAIL, message, f"{_PAGE}#nan-log-probs")
+    if valid < tokens:
+        message = f"{tokens - valid} of {tokens} tokens have no finite log-prob of the trainer's."
         return Verdict(name, FAIL, message, f"{_PAGE}#nan-log-probs")
     return Verdict(name, PASS, f"All {tokens} tokens have a sampling log-prob.")
 

@@ -30,7 +30,7 @@ class Scores:
     """Log-probs of both engines for the completions of a pass.
 
     Attributes:
-        train_logps, sampling_logps: log π and log μ, (B, T) float32; NaN where the engine gave none.
+        train_logps, sampling_logps: log π and log μ, (B, T) float32, as the engines gave them.
         mask: (B, T) bool, tokens that count as training counts them, unscored ones included.
         problems: (B,) int64, which problem a completion belongs to.
         cut: (B,) bool, completions that ended at `max_completion_length`.
@@ -44,8 +44,8 @@ class Scores:
 
     @property
     def valid(self) -> Tensor:
-        """(B, T) bool: tokens that count and have a sampling log-prob."""
-        return valid_tokens(self.sampling_logps, self.mask)
+        """(B, T) bool: tokens that count and that both engines scored."""
+        return valid_tokens(self.sampling_logps, self.mask, self.train_logps)
 
     def discrepancy(self, metric: str) -> Tensor:
         """(B, T), 0 at tokens that are not valid."""
@@ -160,7 +160,8 @@ def staleness(new: Scores, old: Scores) -> Staleness:
     """
     change = (new.train_logps - old.train_logps).clamp(-CLIP, CLIP)
     missed = (new.train_logps - new.sampling_logps).clamp(-CLIP, CLIP)
-    change, missed = (torch.where(new.valid, x, 0.0).double() for x in (change, missed))
+    valid = new.valid & old.valid
+    change, missed = (torch.where(valid, x, 0.0).double() for x in (change, missed))
     size = (change**2).sum()
     if not size:
         return Staleness(math.nan, math.nan)

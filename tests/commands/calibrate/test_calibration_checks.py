@@ -181,6 +181,35 @@ def test_nothing_is_concluded_from_nothing() -> None:
     assert checks.check_tail(nothing, None).status == "not run"
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.inf, 0.7, -9999.0])
+def test_a_calibration_scores_what_training_scores(value: float) -> None:
+    sampling = -torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    sampling[1, 1] = value
+    found, without = (
+        batch(torch.zeros(2, 2), sampling),
+        by_discrepancy([[0.1, 0.2], [0.3, 9.0]], mask=[[1, 1], [1, 0]]),
+    )
+    verdict = checks.check_scored(found)
+    assert verdict.status == "fail" and verdict.message.startswith("1 of 4 tokens have no sampling log-prob")
+    for metric in ("prob_diff", "prob_ratio", "logprob_diff"):
+        assert scores.mean_discrepancy(found, metric, "token") == scores.mean_discrepancy(without, metric, "token")
+    assert torch.equal(found.log_ratios(), without.log_ratios())
+    assert scores.describe(found)["metrics"] == scores.describe(without)["metrics"]
+    old = batch(torch.full((2, 2), -0.5), sampling)
+    assert scores.staleness(found, old).value == pytest.approx(2 * (0.1 + 0.2 + 0.3) / 3)  # Σ 0.5·missed / Σ 0.25
+    assert scores.staleness(old, found) == scores.staleness(old, batch(torch.zeros(2, 2), sampling))
+
+
+def test_a_log_prob_of_the_trainer_that_is_not_finite_fails() -> None:
+    train = torch.tensor([[0.0, torch.nan], [0.0, 0.0]])
+    found = batch(train, -torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+    verdict = checks.check_scored(found)
+    assert verdict.status == "fail" and "1 of 4 tokens have no finite log-prob of the trainer" in verdict.message
+    assert scores.mean_discrepancy(found, "logprob_diff", "token").value == pytest.approx((0.1 + 0.3 + 0.4) / 3)
+    moved = batch(torch.full((2, 2), -0.5), -torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+    assert scores.staleness(moved, found).value == pytest.approx(2 * (0.4 + 0.2 + 0.1) / 3)  # the NaN is left out
+
+
 def test_tails_and_moved_weights() -> None:
     calm = by_discrepancy([[0.1] * 1000])
     assert checks.check_tail(calm, 0.99).status == "pass"
