@@ -15,8 +15,15 @@ def needs_own_engine(args: DCGRPOConfig) -> bool:
     return args.rollout_backend == "transformers" or args.weight_sync == "disk"
 
 
-def check_log_prob_source(args: DCGRPOConfig, rollout_func: Callable[..., Any] | None) -> None:
+def check_log_prob_source(
+    args: DCGRPOConfig, rollout_func: Callable[..., Any] | None, defaulted: bool = False
+) -> None:
     """Refuses a constraint that nothing can drive, before any model loads.
+
+    Args:
+        args: the configuration.
+        rollout_func: the user's, or None.
+        defaulted: whether no configuration was given, so that `args` holds the defaults.
 
     Raises:
         ValueError: if no engine gives sampling log-probs, or a vLLM server gives unprocessed ones.
@@ -25,9 +32,19 @@ def check_log_prob_source(args: DCGRPOConfig, rollout_func: Callable[..., Any] |
     if args.constraint == "none" or rollout_func is not None or args.rollout_backend == "transformers":
         return
     if not args.use_vllm:
+        none_gives = (
+            "nothing gives the log-probs of the sampled tokens: TRL's `transformers.generate` (`use_vllm=False`) "
+            "returns none."
+        )
+        if defaulted:
+            raise ValueError(
+                f"No `args` were given, so `constraint` is {args.constraint!r}, its default, but {none_gives} Pass "
+                "`args=DCGRPOConfig(rollout_backend='transformers')` to sample with a copy of the policy in this "
+                "process, or `args=DCGRPOConfig(use_vllm=True)`, or a `rollout_func` that returns `logprobs`, or "
+                "`args=DCGRPOConfig(constraint='none')`."
+            )
         raise ValueError(
-            f"`constraint` is {args.constraint!r}, but nothing gives the log-probs of the sampled tokens: TRL's "
-            "`transformers.generate` (`use_vllm=False`) returns none. Set `rollout_backend='transformers'` to sample "
+            f"`constraint` is {args.constraint!r}, but {none_gives} Set `rollout_backend='transformers'` to sample "
             "with a copy of the policy in this process, or `use_vllm=True`, or pass a `rollout_func` that returns "
             "`logprobs`, or set `constraint='none'`."
         )
@@ -64,7 +81,7 @@ def build_engine(trainer: GRPOTrainer, args: DCGRPOConfig) -> Any:
             trainer.processing_class,
             precision=args.rollout_precision,
             temperature=args.temperature,
-            max_completion_length=int(args.max_completion_length or 256),
+            max_completion_length=args.completion_limit,
             eos_token_ids=trainer.eos_token_ids,
             generation_kwargs={
                 **{name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
