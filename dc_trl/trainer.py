@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DC-GRPO trainer: TRL's GRPO trainer and the discrepancy constraint between scoring and loss."""
 
+import inspect
 import json
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.utils import logging
+from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from dc_trl.config import DCGRPOConfig
@@ -22,8 +25,10 @@ from dc_trl.records.card import model_card
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.token_log import TokenLog
 from dc_trl.rollouts.engines import check_log_prob_source, engine_of
+from dc_trl.rollouts.rollout_func import describe_faults, faulty_rows
 from dc_trl.step import Step, constrain
 from dc_trl.training.attributes import temporary_attributes
+from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
 from dc_trl.training.group_trainer import GroupEstimatorsTrainer
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
@@ -40,10 +45,12 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     """GRPO under a discrepancy constraint: DC-GRPO (arXiv 2606.08779) on TRL's [`~trl.GRPOTrainer`].
 
     Takes the arguments of `GRPOTrainer`; `args` is a [`DCGRPOConfig`]. With `constraint="none"` it trains exactly as
-    `GRPOTrainer` does, and measures.
+    `GRPOTrainer` does, and measures. With a constraint it switches the policy's dropout off, which would be measured
+    as discrepancy.
 
     Seams of TRL 1.16 that this class hooks, each held by a contract test:
 
+    - `_generate`: what a `rollout_func` returns is checked row by row
     - `_generate_and_score_completions`: scored without the second forward; advantages of other estimators
     - `_calculate_rewards`, `_prepare_inputs`: rewards and micro-batches, for these (in `GroupEstimatorsTrainer`)
     - `_compute_loss` and, while it runs, `_get_per_token_logps_and_entropies`: its log-probs are π, from which penalty
@@ -83,6 +90,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: DCGRPOConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
+        defaulted = args is None
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DCGRPOConfig(f"{name.split('/')[-1]}-DC-GRPO")
@@ -91,7 +99,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
                 f"`args` is a {type(args).__name__}: DCGRPOTrainer needs a DCGRPOConfig, which takes the same "
                 "parameters. Rename GRPOConfig to DCGRPOConfig."
             )
-        check_log_prob_source(args, kwargs.get("rollout_func"))
+        given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
+        check_log_prob_source(args, given.arguments.get("rollout_func"), defaulted)
         self.dual = DualVariable(args.multiplier_init, args.dual_lr, args.multiplier_max)
         self._constraint = DiscrepancyConstraint(
             args.constraint,
@@ -103,6 +112,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
         self.step_observers: list[Callable[[dict[str, Any], Step], None]] = [self._measure, self._log_tokens]
         self._said: set[str] = set()
+        self._faulty_rows: dict[int, str] = {}  # of the last `rollout_func`'s output
         self._rollout_lengths: list[float] = []  # of the optimizer step at hand
         engine = engine_of(vars(args))
         hidden = temporary_attributes(args, use_vllm=args.use_vllm and not engine.is_ours)
@@ -114,10 +124,24 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             self._last_loaded_step = -1
         if self.use_vllm:
             self.vllm_generation = engine.build(self, args)
+        self._handle_dropout()
         if args.length_decay:
             names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
             self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))
         self.add_callback(RunLogCallback())
+
+    def _handle_dropout(self) -> None:
+        """Switches dropout off under a constraint. Without one, TRL's training stands, and only `dc/*` suffers."""
+        self._dropout = find_dropout(self.model)
+        if self.args.constraint == "none" or not self._dropout:
+            return
+        words, self._dropout = describe_dropout(switch_off_dropout(self.model)), {}
+        message = (
+            f"dropout is switched off {words}: the training forward would drop what the sampling engine does not, and "
+            "the constraint would take that for discrepancy. Set it to 0 in the configuration of the model or of the "
+            "adapter, or keep it with `constraint='none'`."
+        )
+        self._say_once([("dropout", message)])
 
     @property
     def _length_decay(self) -> LengthDecayCallback | None:
@@ -136,6 +160,24 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     # Scoring
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        self._faulty_rows = {}
+        if self.rollout_func is None:
+            return super()._generate(prompts)
+        with temporary_attributes(self, rollout_func=partial(self._checked_rollouts, self.rollout_func)):
+            return super()._generate(prompts)
+
+    def _checked_rollouts(self, rollout_func: Callable[..., Any], prompts: list[Any], trainer: Any) -> Any:
+        """The output of the user's `rollout_func`, whose faulty log-probs end a run that has a constraint."""
+        output = rollout_func(prompts, trainer)
+        self._faulty_rows = faulty_rows(output)
+        if self._faulty_rows:
+            words = describe_faults(self._faulty_rows)
+            if self.args.constraint != "none":
+                raise ValueError(f"{words}; or set `constraint='none'`, where such rows train but are not measured.")
+            self._say_once([("rollout_func", f"{words}. These rows train as with TRL, and are not measured.")])
+        return output
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL's correction costs a second forward here; the loss forward gives the same log-probs for nothing.
         correction = self.vllm_importance_sampling_correction and self.args.constraint == "none"
@@ -146,6 +188,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
                 f"The rollouts carry no log-probs, which `constraint={self.args.constraint!r}` needs. Return "
                 "`logprobs` from `rollout_func`, use another rollout engine, or set `constraint='none'`."
             )
+        if self._faulty_rows:
+            batch["measured_logps"] = _without_rows(batch, list(self._faulty_rows))
         if self._length_decay is not None and self.model.training:
             # Once a generation batch, whatever `logging_steps` is; gathered by TRL, so the same on every rank.
             self._rollout_lengths.append(self._metrics["train"]["completions/mean_length"][-1])
@@ -178,7 +222,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         step = constrain(
             train_logps,
-            inputs["sampling_per_token_logps"],
+            inputs.get("measured_logps", inputs["sampling_per_token_logps"]),
             inputs["advantages"],
             mask=mask,
             measured_mask=inputs.get("measured_mask", mask),
@@ -284,6 +328,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             share = values["dc/penalty_share"]
             if share > NOTABLE_PENALTY_SHARE:
                 notices.append(("penalty", f"the penalty is {share:.0%} of the advantage (`dc/penalty_share`)."))
+            if self._dropout:
+                notices.append(("dropout", f"dropout is on {describe_dropout(self._dropout)}, which `dc/*` measures."))
             self._say_once(notices)
 
     def _say_once(self, notices: list[tuple[str, str]]) -> None:
@@ -334,3 +380,14 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             self._instruments.load_state_dict(state["instruments"])
         else:
             self._say_once([("state", f"{checkpoint} has no {STATE_FILE}: multiplier and tolerance start anew.")])
+
+
+def _without_rows(batch: dict[str, Any], rows: list[int]) -> Tensor:
+    """The batch's sampling log-probs, (B, T), with NaN, which is unscored, in the given rows."""
+    logps, shape = batch["sampling_per_token_logps"], batch["completion_ids"].shape
+    measured = logps.new_full(shape, torch.nan)
+    sound = [row for row in range(shape[0]) if row not in rows]
+    if sound:  # a sound row is as long as its completion, so what is cut or missing is padding
+        width = min(logps.size(1), shape[1])
+        measured[sound, :width] = logps[sound, :width]
+    return measured

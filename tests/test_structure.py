@@ -42,8 +42,11 @@ def test_nothing_but_the_command_imports_upwards(path: Path) -> None:
     if path.name not in {"__init__.py", "cli.py"}:
         assert "dc_trl.trainer" not in modules
     if path.name == "config.py":
-        # What engines declare of themselves stands below the configuration that chooses one.
-        assert not {m for m in modules if m and m.startswith("dc_trl.rollouts")} - {"dc_trl.rollouts.engines"}
+        # What engines declare of themselves, and of sampling options, stands below the configuration that chooses one.
+        assert not {m for m in modules if m and m.startswith("dc_trl.rollouts")} - {
+            "dc_trl.rollouts.engines",
+            "dc_trl.rollouts.sampling_options",
+        }
     if "engines" in path.parts:
         assert all(m.startswith("dc_trl.rollouts.engines") for m in modules if m and m.startswith("dc_trl"))
 

@@ -19,18 +19,10 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from dc_trl.rollouts.quantization import PolicyCopy
+from dc_trl.rollouts.sampling_options import IN_PROCESS, check_decoding, objection
 from dc_trl.rollouts.weights import iter_policy_weights
 
 logger = logging.getLogger(__name__)
-
-# The sampling options that may be given, each with the values that leave the distribution as it is.
-NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "do_sample": (True,),
-    "top_p": (None, 1.0),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0.0),
-    "repetition_penalty": (None, 1.0),
-}
 
 
 class TransformersGeneration:
@@ -57,7 +49,7 @@ class TransformersGeneration:
         max_completion_length: most tokens of a completion, its end-of-sequence token included.
         eos_token_ids: the tokens that end a completion; by default the generation config's and the tokenizer's.
         generation_batch_size: most sequences decoded at once, to bound the KV cache; by default all of them.
-        generation_kwargs: sampling options; only neutral values are accepted.
+        generation_kwargs: sampling options; only those that `dc_trl.rollouts.sampling_options` calls neutral pass.
         seed: seed of a private generator; None draws from torch's global one.
 
     Attributes:
@@ -142,7 +134,10 @@ class TransformersGeneration:
             ValueError: images are given, or a prompt is empty.
         """
         if images is not None:
-            raise ValueError("the transformers rollout engine is text-only; use rollout_backend='vllm' for images.")
+            raise ValueError(
+                "the transformers rollout engine is text-only; for images leave `rollout_backend` unset and set "
+                "`use_vllm=True`."
+            )
         if not all(prompts):
             raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} has no tokens; remove it.")
         if not self._synced:
@@ -272,24 +267,12 @@ def _sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> t
 
 def check_sampling(temperature: float, max_completion_length: int, options: dict[str, Any]) -> None:
     """Raise `ValueError` for sampling settings under which the log-probabilities would not be the trainer's kind."""
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature is {temperature}, but rollouts are drawn at random, so it must be above 0; for greedy "
-            "decoding in evaluation call generate(..., greedy=True)."
-        )
-    if max_completion_length < 1:
-        raise ValueError(f"max_completion_length is {max_completion_length}; a completion has at least 1 token.")
+    check_decoding(temperature, max_completion_length)
+    settings = {"temperature": temperature, "max_completion_length": max_completion_length}
     for name, value in options.items():
-        if name not in NEUTRAL_OPTIONS:
-            raise ValueError(
-                f"the transformers rollout engine does not know the generation option {name}={value!r}; remove it, or "
-                "use rollout_backend='vllm'."
-            )
-        if value not in NEUTRAL_OPTIONS[name]:
-            raise ValueError(
-                f"{name}={value!r} truncates or reweights the sampling distribution, which the trainer's "
-                "log-probabilities do not follow; leave it out, or use rollout_backend='vllm'."
-            )
+        refused = objection(name, value, IN_PROCESS, settings)
+        if refused is not None:
+            raise ValueError(f"the transformers rollout engine cannot sample with {name}={value!r}: {refused}")
 
 
 def _default_eos(live: PreTrainedModel, tokenizer: Any) -> list[int]:

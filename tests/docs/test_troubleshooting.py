@@ -56,10 +56,11 @@ def run(output_dir: Path, fault: Fault | None = None, **options: Any) -> DCGRPOT
     return trainer
 
 
-def adapters() -> Any:
+def adapters(dropout: float = 0.0) -> Any:
     """LoRA on every linear layer."""
     peft = pytest.importorskip("peft")
-    return peft.LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": dropout}
+    return peft.LoraConfig(r=8, lora_alpha=32, **options)
 
 
 # Diagnoses
@@ -134,6 +135,14 @@ def test_merging_in_place_moves_frozen_weights_and_a_copy_does_not(tmp_path: Pat
     assert moved(merge_in_place) > 1e-4
 
 
+def test_dropout_grows_with_the_adapter_and_a_constraint_has_none(tmp_path: Path) -> None:
+    options = {"rollout_precision": None, "learning_rate": 1e-2, "max_steps": 4}
+    measured = logged(run(tmp_path, peft_config=adapters(0.3), **options), MEAN)
+    assert measured[0] < 1e-6 < 1e-3 < measured[-1]  # LoRA's B is 0 at first, so the first batches show none of it
+    options |= {"constraint": "lagrangian", "discrepancy_tolerance": 0.01}
+    assert max(logged(run(tmp_path, peft_config=adapters(0.3), **options), MEAN)) < 1e-6
+
+
 def test_unscored_tokens_are_counted_and_left_out(tmp_path: Path) -> None:
     def edit(logprobs: list[list[Any]]) -> None:
         for sequence in logprobs:
@@ -181,6 +190,11 @@ def cases() -> dict[str, tuple[Fault | None, dict[str, Any]]]:
         "top_k 20, as trained": (top_k(20), as_trained),
         "T 0.7, processed, as trained": (None, as_trained | {"temperature": 0.7}),
         "T 0.7, raw, as trained": (raw_logprobs, as_trained | {"temperature": 0.7}),
+        "lora_dropout 0, as trained": (None, as_trained | learning | {"peft_config": adapters()}),
+        "lora_dropout 0.05, as trained": (None, as_trained | learning | {"peft_config": adapters(0.05)}),
+        "lora_dropout 0.3, as trained": (None, as_trained | learning | {"peft_config": adapters(0.3)}),
+        "lora_dropout 0, bf16": (None, learning | {"peft_config": adapters()}),
+        "lora_dropout 0.05, bf16": (None, learning | {"peft_config": adapters(0.05)}),
         "mixture of experts, bf16": (None, {"model": tiny_model("qwen3_moe")}),
         "4 updates a rollout, as trained": (
             None,

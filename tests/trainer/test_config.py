@@ -115,6 +115,51 @@ def test_vespo_needs_token_ratios(tmp_path: Path) -> None:
         config(tmp_path, vllm_importance_sampling_mode="sequence_mask", **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # TRL samples, and applies no correction
+        {"use_vllm": True},  # TRL has its own check
+        {"rollout_backend": "transformers", "vllm_importance_sampling_correction": False},
+    ],
+    ids=str,
+)
+def test_vespo_passes_where_its_mode_is_trls_business(tmp_path: Path, options: dict[str, Any]) -> None:
+    mode = GRPOConfig.__dataclass_fields__["vllm_importance_sampling_mode"].default
+    assert isinstance(mode, str) and mode.startswith("sequence")
+    made = config(tmp_path, constraint="none", loss_type="vespo", vllm_importance_sampling_mode=mode, **options)
+    assert made.vllm_importance_sampling_mode == mode
+
+
+@pytest.mark.parametrize(
+    ("loss", "first", "second"),
+    [
+        ("luspo", "`discrepancy_level='sequence'`", "`importance_sampling_level='token'`"),
+        ("grpo", "`importance_sampling_level='token'`", "`discrepancy_level='sequence'`"),
+    ],
+)
+def test_the_first_way_out_is_the_one_that_keeps_the_loss(tmp_path: Path, loss: str, first: str, second: str) -> None:
+    with pytest.raises(ValueError, match=f"Use {first}, or {second}, or use `constraint='none'`"):
+        config(tmp_path, loss_type=loss, importance_sampling_level="sequence")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"off_policy_mask_threshold": 0.5},
+        {"vllm_structured_outputs_regex": "[0-9]+"},
+        {"rollout_precision": "int8"},
+        {"rollout_precision": "int2"},
+        {"min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_what_is_none_by_default_is_to_be_left_unset(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="[lL]eave it unset") as error:
+        config(tmp_path, **options)
+    assert "None" not in str(error.value)
+
+
 def test_rloo_needs_one_unscaled_reward(tmp_path: Path) -> None:
     assert config(tmp_path, advantage_estimator="rloo").scale_rewards == "none"
     with pytest.raises(ValueError, match="scale_rewards"):

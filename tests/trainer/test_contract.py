@@ -15,6 +15,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 PARAMETERS = {
+    "_generate": ["prompts"],
     "_generate_and_score_completions": ["inputs"],
     "_compute_loss": ["model", "inputs"],
     "_prepare_inputs": ["generation_batch"],
@@ -112,3 +113,19 @@ def test_trainer_takes_every_argument_of_its_parent(tmp_path: Path) -> None:
     assert trainer.rollout_func is not None
     parameters = list(inspect.signature(GRPOTrainer.__init__).parameters)
     assert parameters[:4] == ["self", "model", "reward_funcs", "args"]
+    assert "rollout_func" in parameters
+
+
+def test_a_rollout_func_is_called_with_prompts_and_trainer_and_its_rows_are_padded_with_zeros(tmp_path: Path) -> None:
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "output = self.rollout_func(prompts, self)" in source
+    args = {"rollout_func": replayed_rollouts(edit=lambda rows: rows[0].pop()), "constraint": "none", "max_steps": 1}
+    trainer = dc_trainer(tmp_path, **args)
+    batches = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
+    trainer.train()
+    (batch,) = batches
+    last = int(batch["completion_mask"][0].sum()) - 1
+    assert batch["sampling_per_token_logps"][0, last] == 0.0  # a probability of 1
+    assert batch["measured_logps"][0].isnan().all() and not batch["measured_logps"][1, :1].isnan().any()

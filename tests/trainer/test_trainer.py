@@ -453,6 +453,14 @@ def test_no_source_of_log_probs_is_refused_before_the_model_loads(tmp_path: Path
         DCGRPOTrainer("no/such-model", lambda **_: [], args, train_dataset=PROMPTS)
 
 
+def test_missing_args_are_named_and_given_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a GPU the defaults need these two, or TRL's config refuses bf16.
+    on_cpu = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    monkeypatch.setattr("dc_trl.trainer.DCGRPOConfig", lambda name: DCGRPOConfig(str(tmp_path / name), **on_cpu))
+    with pytest.raises(ValueError, match=r"No `args` were given.*args=DCGRPOConfig\(rollout_backend='transformers'\)"):
+        DCGRPOTrainer("no/such-model", lambda **_: [], train_dataset=PROMPTS)
+
+
 def test_a_rollout_func_without_log_probs_is_refused(tmp_path: Path) -> None:
     base = replayed_rollouts()
     trainer = dc_trainer(tmp_path, rollout_func=lambda p, t: base(p, t) | {"logprobs": None})

@@ -38,16 +38,17 @@ def engine_name(settings: Mapping[str, Any], server: str = "") -> str:
     return engine_of(settings).name(settings, server)
 
 
-def check_log_prob_source(args: Any, rollout_func: Callable[..., Any] | None) -> None:
+def check_log_prob_source(args: Any, rollout_func: Callable[..., Any] | None, defaulted: bool = False) -> None:
     """Refuses a constraint that nothing can drive, before any model loads.
 
     Args:
         args: a `DCGRPOConfig`.
         rollout_func: the user's, which takes the engine's place.
+        defaulted: whether no configuration was given, so that `args` holds the defaults.
 
     Raises:
         ValueError: if no engine gives sampling log-probs, or a vLLM server gives unprocessed ones.
         ConnectionError: if the vLLM server does not answer within `vllm_server_timeout` seconds.
     """
     if args.constraint != "none" and rollout_func is None:
-        engine_of(vars(args)).check_log_probs(args)
+        engine_of(vars(args)).check_log_probs(args, defaulted)

@@ -48,8 +48,12 @@ class Engine(ABC):
         """
         return None
 
-    def check_log_probs(self, args: Any) -> None:
+    def check_log_probs(self, args: Any, defaulted: bool = False) -> None:
         """Refuses log-probs that are not those of the sampling distribution, before any model loads.
+
+        Args:
+            args: the configuration.
+            defaulted: whether the user gave none, so that `args` holds the defaults.
 
         Raises:
             ValueError: they are others, or there are none.

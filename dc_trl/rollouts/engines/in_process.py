@@ -29,7 +29,7 @@ class InProcess(Engine):
             if getattr(args, name):
                 raise ValueError(
                     f"`rollout_backend` is 'transformers' and `{name}` is True: two engines would sample. Set "
-                    f"`{name}=False`, or leave `rollout_backend` at 'vllm'."
+                    f"`{name}=False`, or leave `rollout_backend` unset."
                 )
 
     def build(self, trainer: Any, args: Any) -> Any:
@@ -43,7 +43,7 @@ class InProcess(Engine):
             trainer.processing_class,
             precision=args.rollout_precision,
             temperature=args.temperature,
-            max_completion_length=int(args.max_completion_length or 256),
+            max_completion_length=args.completion_limit,
             eos_token_ids=trainer.eos_token_ids,
             generation_kwargs=options | args.extra_sampling_parameters,
         )

@@ -22,11 +22,21 @@ class TRLGenerate(Engine):
         """Both, since a configuration does not say which."""
         return "TRL's generation or a rollout_func"
 
-    def check_log_probs(self, args: Any) -> None:
+    def check_log_probs(self, args: Any, defaulted: bool = False) -> None:
         """There are none."""
+        none_gives = (
+            "nothing gives the log-probs of the sampled tokens: TRL's `transformers.generate` (`use_vllm=False`) "
+            "returns none."
+        )
+        if defaulted:
+            raise ValueError(
+                f"No `args` were given, so `constraint` is {args.constraint!r}, its default, but {none_gives} Pass "
+                "`args=DCGRPOConfig(rollout_backend='transformers')` to sample with a copy of the policy in this "
+                "process, or `args=DCGRPOConfig(use_vllm=True)`, or a `rollout_func` that returns `logprobs`, or "
+                "`args=DCGRPOConfig(constraint='none')`."
+            )
         raise ValueError(
-            f"`constraint` is {args.constraint!r}, but nothing gives the log-probs of the sampled tokens: TRL's "
-            "`transformers.generate` (`use_vllm=False`) returns none. Set `rollout_backend='transformers'` to sample "
+            f"`constraint` is {args.constraint!r}, but {none_gives} Set `rollout_backend='transformers'` to sample "
             "with a copy of the policy in this process, or `use_vllm=True`, or pass a `rollout_func` that returns "
             "`logprobs`, or set `constraint='none'`."
         )

@@ -24,7 +24,7 @@ class VLLMServer(Engine):
         sync = settings.get("weight_sync")
         return " ".join(filter(None, ("vLLM server", server))) + (f", weights over {sync}" if sync else "")
 
-    def check_log_probs(self, args: Any) -> None:
+    def check_log_probs(self, args: Any, defaulted: bool = False) -> None:
         """Asks the server whether it was started with processed log-probs."""
         if args.process_index != 0:
             return
