@@ -124,35 +124,32 @@ def test_dropping_works_within_a_micro_batch_and_makes_a_difference(
     assert (kept - alone).norm() > 0.1 * alone.norm()
 
 
-def three_with_a_constant_sum(prompts: list[str]) -> list[Any]:
-    """Reward functions whose sum is 1 for every completion; the completions of a flat group have the same three."""
+def share(place: int) -> Any:
+    """One of three reward functions whose sum is 1; in a flat group each of them is the same for all completions."""
 
-    def share(place: int) -> Any:
-        def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-            lengths = [0 if prompt[0] in FLAT else len(c) for prompt, c in zip(prompts, completions, strict=True)]
-            shares = [(x / 8, (x % 3) / 8) for x in lengths]
-            return [(*pair, 1.0 - sum(pair))[place] for pair in shares]
+    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        lengths = [0 if prompt[0] in FLAT else len(text) for prompt, text in zip(prompts, completions, strict=True)]
+        return [(x / 8, (x % 3) / 8, 1 - x / 8 - (x % 3) / 8)[place] for x in lengths]
 
-        reward.__name__ = f"share_{place}"
-        return reward
-
-    return [share(place) for place in range(3)]
+    reward.__name__ = f"share_{place}"
+    return reward
 
 
 @both_controllers
 def test_rewards_that_are_normalised_one_by_one_have_signal_where_the_advantages_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: str
 ) -> None:
-    options = {"multi_objective_aggregation": "normalize_then_sum", "reward_funcs": three_with_a_constant_sum("2345")}
-    options |= {"reward_weights": [1.0, 2.0, 0.5], **CONTROLLERS[controller]}
+    options = {"multi_objective_aggregation": "normalize_then_sum", "reward_funcs": [share(0), share(1), share(2)]}
+    options |= CONTROLLERS[controller]
     alone, _ = one_step(tmp_path, "24", monkeypatch, **options)
     dropped, trainer = one_step(tmp_path, "2345", monkeypatch, zero_variance_groups="drop", **options)
     kept, _ = one_step(tmp_path, "2345", monkeypatch, **options)
     assert (kept - dropped).norm() > 0.1 * alone.norm()
     check_control(trainer, controller)
-    # The divisor of TRL's advantages spans the batch, so two flat groups raise the others' by √(15/7).
-    cosine = torch.nn.functional.cosine_similarity(dropped, alone, dim=0)
-    assert cosine > 0.999 if controller == "lagrangian" else cosine > 1 - 1e-6
+    if controller == "length_decay":
+        # TRL divides by the standard deviation of the batch, and 8 zeros more among its advantages make that smaller.
+        expected = alone * (15 / 7) ** 0.5
+        assert (dropped - expected).norm() < 1e-3 * expected.norm()  # TRL adds 1e-4 to the divisor
 
 
 def test_a_reward_and_its_opposite_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,6 @@ TAIL_PANELS = (
         "Tokens without log-prob",
         "fraction",
         "0. Each one is a token without constraint and correction.",
-        Series("dc/nan_fraction", "NaN"),
+        Series("dc/nan_fraction", "not scored"),
     ),
 )
