@@ -10,8 +10,8 @@ from string import Template
 from typing import Any
 
 from dc_trl import __version__
-from dc_trl.commands.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
 from dc_trl.commands.report import tokens
+from dc_trl.commands.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
 from dc_trl.commands.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel
 from dc_trl.commands.report.text import duration, embedded_json, escaped, number, visible
 from dc_trl.records.run_log import Run, is_finite
