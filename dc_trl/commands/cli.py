@@ -5,9 +5,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 from dc_trl import __version__
+from dc_trl.commands.usage import UsageError
 
 # Name → (line of help, "module:function"). The function takes the arguments after the name, returns the exit status,
 # and raises `UsageError` for arguments that cannot be carried out.
@@ -29,26 +29,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "dc_trl.commands.report.command:report_command",
     ),
 }
-
-
-class UsageError(Exception):
-    """A command that cannot be carried out as given: message and exit status 2, without a traceback."""
-
-
-def model_directory(name: str) -> Path | None:
-    """The directory that `--model_name_or_path` names, or None for a model of the Hub.
-
-    Raises:
-        UsageError: the name is that of a directory, and there is none.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UsageError(
-            f"the model directory {name} does not exist (looked from {Path.cwd()}; `~` is not expanded). Check it, or "
-            "name a model of the Hub as OWNER/NAME."
-        )
-    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

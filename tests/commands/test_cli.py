@@ -16,7 +16,7 @@ from places import ROOT
 from safetensors.torch import load_file
 
 import dc_trl.commands.train.arguments
-import dc_trl.commands.train.command
+import dc_trl.commands.train.run
 from dc_trl.commands.cli import COMMANDS, main
 from dc_trl.commands.train.arguments import find_accelerate_config
 
@@ -74,7 +74,7 @@ def test_launches_through_accelerate(tiny: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_launched_process_trains(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, trained = launched(monkeypatch), []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr(dc_trl.commands.train.command, "train", lambda *args: trained.append(args))
+    monkeypatch.setattr(dc_trl.commands.train.run, "train", lambda *args: trained.append(args))
     assert main(["train", "--config", str(TINY), "--accelerate_config", "single_gpu"]) == 0
     assert not calls and len(trained) == 1
 
@@ -114,7 +114,7 @@ def test_errors_name_the_value_and_the_way_out(
     (tiny / "list.yaml").write_text("- 1\n")
     (tiny / "broken.yaml").write_text("a: [1\n")
     (tiny / "unknown.yaml").write_text("multiplier_start: 1\n")
-    monkeypatch.setattr(dc_trl.commands.train.command, "train", lambda *args: pytest.fail("it trains"))
+    monkeypatch.setattr(dc_trl.commands.train.run, "train", lambda *args: pytest.fail("it trains"))
     try:
         status = main(["train", *flags])
     except SystemExit as error:  # argparse's own

@@ -12,8 +12,9 @@ from matplotlib import pyplot
 from PIL import Image
 
 from dc_trl import DCGRPOConfig
-from dc_trl.records.card.curves import PANELS, save_curves, series
+from dc_trl.records.card.curves import PANELS, save_curves
 from dc_trl.records.card.model_card import complete, copy_card, with_section
+from dc_trl.records.card.series import series
 from dc_trl.rollouts.engines import engine_name
 
 # Of TRL's template, what matters here.

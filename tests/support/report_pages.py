@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dc_trl.commands.report.command import build_report
+from dc_trl.commands.report.run import build_report
 from dc_trl.records.token_log import SCHEMA
 
 HOSTILE = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dc_trl.commands.cli import UsageError
+from dc_trl.commands.usage import UsageError
 
 KEY = "discrepancy_tolerance"
 

@@ -56,46 +56,118 @@ class Problem:
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("aime24", "AIME24", "HuggingFaceH4/aime_2024", 32, "train", None, "problem", "answer", 30),
-        Benchmark("aime25", "AIME25", "math-ai/aime25", 32, "test", None, "problem", "answer", 30),
-        Benchmark("amc23", "AMC23", "math-ai/amc23", 32, "test", None, "question", "answer", 40),
-        Benchmark("math500", "MATH-500", "HuggingFaceH4/MATH-500", 4, "test", None, "problem", "answer", 500),
-        Benchmark("minerva", "Minerva", "math-ai/minervamath", 4, "test", None, "question", "answer", 272),
         Benchmark(
-            "olympiadbench", "OlympiadBench", "math-ai/olympiadbench", 4, "test", None, "question", "final_answer", 674
+            name="aime24",
+            title="AIME24",
+            dataset="HuggingFaceH4/aime_2024",
+            samples=32,
+            split="train",
+            problem_column="problem",
+            answer_column="answer",
+            problems=30,
+        ),
+        Benchmark(
+            name="aime25",
+            title="AIME25",
+            dataset="math-ai/aime25",
+            samples=32,
+            problem_column="problem",
+            answer_column="answer",
+            problems=30,
+        ),
+        Benchmark(
+            name="amc23",
+            title="AMC23",
+            dataset="math-ai/amc23",
+            samples=32,
+            problem_column="question",
+            answer_column="answer",
+            problems=40,
+        ),
+        Benchmark(
+            name="math500",
+            title="MATH-500",
+            dataset="HuggingFaceH4/MATH-500",
+            samples=4,
+            problem_column="problem",
+            answer_column="answer",
+            problems=500,
+        ),
+        Benchmark(
+            name="minerva",
+            title="Minerva",
+            dataset="math-ai/minervamath",
+            samples=4,
+            problem_column="question",
+            answer_column="answer",
+            problems=272,
+        ),
+        Benchmark(
+            name="olympiadbench",
+            title="OlympiadBench",
+            dataset="math-ai/olympiadbench",
+            samples=4,
+            problem_column="question",
+            answer_column="final_answer",
+            problems=674,
         ),
     )
 }
 
-# arXiv 2606.08779, tables 1 (BF16) and 2 (FP8 deployment): percent, (GRPO, DC-GRPO), in the order of `BENCHMARKS`,
-# then the paper's average.
-PAPER_FIGURES: dict[str, tuple[tuple[float, float], ...]] = {
-    "Qwen3-8B BF16, table 1": (
-        *((58.8, 63.2), (40.0, 52.5), (90.4, 91.8), (93.7, 94.2), (51.0, 50.1), (70.1, 74.4)),
-        (67.3, 71.0),
-    ),
-    "Qwen3-30B-A3B BF16, table 1": (
-        *((60.2, 66.8), (43.6, 49.1), (91.4, 91.9), (95.5, 95.8), (52.0, 52.9), (71.3, 74.5)),
-        (69.0, 71.8),
-    ),
-    "Qwen3-8B FP8, table 2": (
-        *((53.2, 55.0), (35.2, 44.1), (89.5, 90.2), (92.9, 94.4), (50.0, 54.0), (67.4, 70.9)),
-        (64.7, 68.1),
-    ),
-    "Qwen3-30B-A3B FP8, table 2": (
-        *((52.4, 56.6), (37.5, 41.2), (87.3, 91.8), (93.8, 94.0), (49.6, 50.5), (70.5, 72.0)),
-        (65.2, 67.7),
-    ),
+AVERAGE = "average"
+
+# arXiv 2606.08779, tables 1 (BF16) and 2 (FP8 deployment): percent, (GRPO, DC-GRPO), by the name of the benchmark, and
+# the paper's average of the six.
+PAPER_FIGURES: dict[str, dict[str, tuple[float, float]]] = {
+    "Qwen3-8B BF16, table 1": {
+        "aime24": (58.8, 63.2),
+        "aime25": (40.0, 52.5),
+        "amc23": (90.4, 91.8),
+        "math500": (93.7, 94.2),
+        "minerva": (51.0, 50.1),
+        "olympiadbench": (70.1, 74.4),
+        AVERAGE: (67.3, 71.0),
+    },
+    "Qwen3-30B-A3B BF16, table 1": {
+        "aime24": (60.2, 66.8),
+        "aime25": (43.6, 49.1),
+        "amc23": (91.4, 91.9),
+        "math500": (95.5, 95.8),
+        "minerva": (52.0, 52.9),
+        "olympiadbench": (71.3, 74.5),
+        AVERAGE: (69.0, 71.8),
+    },
+    "Qwen3-8B FP8, table 2": {
+        "aime24": (53.2, 55.0),
+        "aime25": (35.2, 44.1),
+        "amc23": (89.5, 90.2),
+        "math500": (92.9, 94.4),
+        "minerva": (50.0, 54.0),
+        "olympiadbench": (67.4, 70.9),
+        AVERAGE: (64.7, 68.1),
+    },
+    "Qwen3-30B-A3B FP8, table 2": {
+        "aime24": (52.4, 56.6),
+        "aime25": (37.5, 41.2),
+        "amc23": (87.3, 91.8),
+        "math500": (93.8, 94.0),
+        "minerva": (49.6, 50.5),
+        "olympiadbench": (70.5, 72.0),
+        AVERAGE: (65.2, 67.7),
+    },
 }
+
+# The benchmarks that the paper's average is of.
+PAPER_BENCHMARKS = tuple(name for name in next(iter(PAPER_FIGURES.values())) if name != AVERAGE)
 
 
 def paper_figures(name: str) -> list[str]:
-    """The paper's "GRPO / DC-GRPO" for a benchmark or for "average", one cell a column of `PAPER_FIGURES`."""
-    places = [*BENCHMARKS, "average"]
-    if name not in places:
-        return ["" for _ in PAPER_FIGURES]
-    pairs = [column[places.index(name)] for column in PAPER_FIGURES.values()]
-    return [f"{grpo:.1f} / {dc:.1f}" for grpo, dc in pairs]
+    """The paper's "GRPO / DC-GRPO" for a benchmark or for `AVERAGE`, one cell a column of `PAPER_FIGURES`.
+
+    A cell is "" where the paper has no figure: for a benchmark that it did not run, in every column.
+    """
+    pairs = [column.get(name) for column in PAPER_FIGURES.values()]
+    return ["" if pair is None else f"{pair[0]:.1f} / {pair[1]:.1f}" for pair in pairs]
 
 
 def load_problems(benchmark: Benchmark, prompt_template: str, limit: int | None = None) -> list[Problem]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dc_trl.commands.cli import UsageError, model_directory
 from dc_trl.commands.evaluate.benchmarks import BENCHMARKS, Benchmark
 from dc_trl.commands.evaluate.table import results_table
+from dc_trl.commands.usage import UsageError, model_directory
 
 _LOCAL_SAMPLES = 4
 
@@ -65,7 +65,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
     benchmarks = chosen_benchmarks(args)
     local, card = _check(args)
     folder = Path(args.output_dir or _default_folder(args.model_name_or_path, local))
-    from dc_trl.commands.evaluate.runs import Evaluation, load_judge
+    from dc_trl.commands.evaluate.run import Evaluation, load_judge
 
     try:
         evaluation = Evaluation(args, folder, load_judge())

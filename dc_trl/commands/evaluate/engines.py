@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dc_trl.commands.cli import UsageError
+from dc_trl.commands.usage import UsageError
 
 
 @dataclass(frozen=True)

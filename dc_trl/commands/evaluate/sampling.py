@@ -15,9 +15,9 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from dc_trl.commands.cli import UsageError
 from dc_trl.commands.evaluate.benchmarks import Problem, short_hash
 from dc_trl.commands.evaluate.engines import Completion, Engine, Request
+from dc_trl.commands.usage import UsageError
 from dc_trl.records.json_lines import append_lines, mend_end
 
 # Right, wrong, or None: the gold answer cannot be parsed.

@@ -5,7 +5,7 @@ import math
 import statistics
 from typing import Any
 
-from dc_trl.commands.evaluate.benchmarks import BENCHMARKS, PAPER_FIGURES, paper_figures
+from dc_trl.commands.evaluate.benchmarks import AVERAGE, PAPER_BENCHMARKS, PAPER_FIGURES, paper_figures
 from dc_trl.records.results import score
 
 
@@ -18,12 +18,12 @@ def results_table(results: list[dict[str, Any]]) -> str:
     header = ["benchmark", "problems", "score, %", "truncated, %", "mean tokens"]
     rows = [[*_cells(result), *paper_figures(result["benchmark"])] for result in results]
     scored = {result["benchmark"]: result for result in results if result["stderr"] is not None}
-    if set(BENCHMARKS) <= set(scored) and not any(result["limit"] for result in results):
-        six = [scored[name] for name in BENCHMARKS]
+    if set(PAPER_BENCHMARKS) <= set(scored) and not any(result["limit"] for result in results):
+        six = [scored[name] for name in PAPER_BENCHMARKS]
         error = math.sqrt(sum(result["stderr"] ** 2 for result in six)) / len(six)
         average = statistics.fmean(result["mean"] for result in six)
-        rows.append(["average of the six", "", score(average, error), "", "", *paper_figures("average")])
-    if any(result["benchmark"] in BENCHMARKS for result in results):
+        rows.append(["average of the six", "", score(average, error), "", "", *paper_figures(AVERAGE)])
+    if any(result["benchmark"] in PAPER_BENCHMARKS for result in results):
         header += [f"GRPO / DC-GRPO, {name}" for name in PAPER_FIGURES]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line[: len(header)])} |" for line in lines)

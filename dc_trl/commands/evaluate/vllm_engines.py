@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dc_trl.commands.cli import UsageError
 from dc_trl.commands.evaluate.engines import Completion, Request, Sampling, longest_context, precision_label
+from dc_trl.commands.usage import UsageError
 
 
 @dataclass

@@ -3,13 +3,10 @@
 
 import argparse
 import os
-import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dc_trl.commands.cli import UsageError
-from dc_trl.records.run_log import Run, read_run
+from dc_trl.commands.usage import UsageError
 
 REPORT_FILE = "report.html"
 
@@ -33,6 +30,8 @@ def report_command(argv: Sequence[str]) -> int:
     output = args.output or args.runs[0] / REPORT_FILE
     if output.is_dir():
         raise UsageError(f"--output {output} is a directory: name a file in it.")
+    from dc_trl.commands.report.run import build_report
+
     text = build_report(args.runs, args.tokens_step)
     try:
         _write(output, text)
@@ -42,42 +41,6 @@ def report_command(argv: Sequence[str]) -> int:
         ) from error
     print(f"{output} ({len(text.encode()) / 1e6:.1f} MB): open it in a browser.")
     return 0
-
-
-def build_report(folders: Sequence[Path], tokens_step: int | None = None) -> str:
-    """The report on the runs in `folders`, as HTML.
-
-    Args:
-        folders: output directories of trainers.
-        tokens_step: optimizer step whose tokens are shown; None shows the newest, and some before it.
-
-    Raises:
-        UsageError: a folder holds no run, no token log of that step can be read, or plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise UsageError("the report needs plotly: pip install 'dc-trl[report]'.") from error
-    from dc_trl.commands.report.page import render
-    from dc_trl.commands.report.tokens import token_view
-
-    try:
-        runs = [read_run(folder) for folder in folders]
-        view = token_view(list(folders), runs, tokens_step)
-    except (OSError, ValueError) as error:  # TokenLogError is a ValueError
-        raise UsageError(str(error)) from error
-    _tell_apart(folders, runs)
-    now = time.time()
-    ages = [now - run.source.stat().st_mtime for run in runs]
-    return render(runs, ages, view, get_plotlyjs())
-
-
-def _tell_apart(folders: Sequence[Path], runs: list[Run]) -> None:
-    """Puts the path for the name where several runs have the same one."""
-    counts = Counter(run.name for run in runs)
-    for folder, run in zip(folders, runs, strict=True):
-        if counts[run.name] > 1:
-            run.name = str(folder)
 
 
 def _write(path: Path, text: str) -> None:

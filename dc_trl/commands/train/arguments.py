@@ -5,15 +5,17 @@ import argparse
 import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dc_trl.commands.cli import UsageError, model_directory
-from dc_trl.tasks.data import DatasetError, local_path
+from dc_trl.commands.usage import UsageError, model_directory
 
 # In a wheel the configurations lie in the package, in a checkout beside it.
 CONFIG_FOLDERS = (Path(__file__).parents[2] / "accelerate_configs", Path(__file__).parents[3] / "accelerate_configs")
+
+# Options of a dry run, which training alone has.
+_DRY_RUN = ("dry_run", "gpu_memory_gib")
 
 # Set in every process that `accelerate launch` starts.
 _LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
@@ -60,6 +62,33 @@ def make_parser(arguments: type[TrainArguments] = TrainArguments, command: str =
 
     types: Any = (arguments, DCGRPOConfig, ModelConfig)
     return TrlParser(types, prog=f"dc-trl {command}")
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether the arguments are a request for help, which is answered before torch or TRL load."""
+    return any(item in ("-h", "--help") for item in argv)
+
+
+def print_help(arguments: type[TrainArguments], command: str, description: str) -> None:
+    """Prints the options of a command that are its own or those of `dc-trl train`, which know nothing of TRL.
+
+    The fields of `DCGRPOConfig` and `ModelConfig`, some hundreds, need TRL to be listed: `dc-trl train --help` does.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"dc-trl {command}",
+        usage=f"dc-trl {command} --config RECIPE.yaml [--OPTION VALUE]…",
+        description=description,
+        epilog="Every option of training is taken too, in the YAML file or here: dc-trl train --help lists them.",
+    )
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of options; those given here go over it.")
+    inherited = {option.name for option in fields(TrainArguments)}
+    shared = parser.add_argument_group("options of every command that reads recipes")
+    for option in fields(arguments):
+        if option.name in _DRY_RUN:
+            continue
+        group = shared if option.name in inherited else parser
+        group.add_argument(f"--{option.name}", metavar="VALUE", help=option.metadata["help"].replace("%", "%%"))
+    parser.print_help()
 
 
 @dataclass(frozen=True)
@@ -147,6 +176,8 @@ def _check(options: argparse.Namespace) -> None:
     if str(options.eval_strategy) not in ("no", "IntervalStrategy.NO") and not options.eval_dataset_name:
         raise UsageError("eval_strategy is on, but eval_dataset_name is not set: name it, or use eval_strategy: no.")
     model_directory(options.model_name_or_path)
+    from dc_trl.tasks.data import DatasetError, local_path
+
     try:
         for name in filter(None, (options.dataset_name, options.eval_dataset_name)):
             local_path(name)

@@ -2,20 +2,13 @@
 """A picture of a run for its model card: what was learnt, how far the engines disagreed, what the constraint did."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dc_trl.records.card.plotting import BLUE, ORANGE, TEXT, VERMILION, dress, new_figure, save_png
-from dc_trl.records.run_log import is_finite
-
-Log = Sequence[dict[str, Any]]
-
-DISCREPANCY = "dc/discrepancy/mean"
+from dc_trl.records.card.series import DISCREPANCY, Log, Series, series
 
 # Title of each panel, and the logged key drawn in it.
 PANELS: dict[str, str] = {
@@ -34,20 +27,6 @@ _COLUMNS = 3
 _PANEL_INCHES = (3.3, 2.3)
 # Fewer points than this are marked one by one: a line between two of them would say too much.
 _MARKED = 20
-
-
-@dataclass(frozen=True)
-class Series:
-    """The values logged under one key, in order; `steps` are optimizer steps."""
-
-    steps: list[int]
-    values: list[float]
-
-
-def series(log_history: Log, key: str) -> Series:
-    """What was logged under a key. Entries without it, and values that are null or not finite, are left out."""
-    points = [(entry["step"], float(entry[key])) for entry in log_history if is_finite(entry.get(key))]
-    return Series([step for step, _ in points], [value for _, value in points])
 
 
 def save_curves(log_history: Log, tolerance: float | None, path: Path) -> bool:

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from transformers import SchedulerType
 
 from dc_trl.config import DCGRPOConfig
-from dc_trl.records.card.curves import DISCREPANCY, save_curves, series
 from dc_trl.records.card.model_index import model_index_results
+from dc_trl.records.card.series import DISCREPANCY, series
 from dc_trl.records.results import newest_results, read_results, score
 from dc_trl.rollouts.engines import engine_name
 
@@ -33,9 +33,19 @@ LENGTH_DECAY_CITATION = """\
 
 # The tail and the entropy stand beside the mean: a small mean |π − μ| alone does not prove that the engines agree.
 MEASURED = (
-    *(DISCREPANCY, "dc/discrepancy/p99", "dc/discrepancy/max", "dc/chi2_token", "dc/ess"),
-    *("dc/importance_ratio/min", "dc/importance_ratio/max", "dc/log_ppl_abs_diff", "dc/penalty_share"),
-    *("dc/multiplier", "entropy", "completions/mean_length", "reward"),
+    DISCREPANCY,
+    "dc/discrepancy/p99",
+    "dc/discrepancy/max",
+    "dc/chi2_token",
+    "dc/ess",
+    "dc/importance_ratio/min",
+    "dc/importance_ratio/max",
+    "dc/log_ppl_abs_diff",
+    "dc/penalty_share",
+    "dc/multiplier",
+    "entropy",
+    "completions/mean_length",
+    "reward",
 )
 
 # What TRL's template says where the base model is not on the Hub, or nothing is pushed, and what is true then.
@@ -60,6 +70,9 @@ def complete(
         multiplier: λ now.
         log_history: the Trainer's.
     """
+    # Loads matplotlib, which a trainer that never writes a card does not need.
+    from dc_trl.records.card.curves import save_curves
+
     card = ModelCard.load(folder / CARD)
     results = newest_results(read_results(folder))
     parts = [_settings(args, tolerance, multiplier), _measurements(log_history)]

@@ -22,7 +22,7 @@ from places import ROOT
 from tiny import save_tiny_policy
 
 from dc_trl import DCGRPOTrainer
-from dc_trl.commands.calibrate import command
+from dc_trl.commands.calibrate import run as calibrate_run
 from dc_trl.commands.cli import main
 
 PAGE = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
@@ -85,14 +85,14 @@ def calibrate(
         *flags: str, precision: str | None = "bf16", fault: Callable[[DCGRPOTrainer], None] | None = None
     ) -> Calibrated:
         if fault is not None:
-            build = command._build
+            build = calibrate_run._build
 
             def build_broken(*args: Any) -> Any:
                 trainer = build(*args)
                 fault(trainer)
                 return trainer
 
-            monkeypatch.setattr(command, "_build", build_broken)
+            monkeypatch.setattr(calibrate_run, "_build", build_broken)
         engine = ["--rollout_precision", precision] if precision else []
         status = main(["calibrate", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), *engine, *flags])
         return Calibrated(status, tmp_path / "out", capsys.readouterr().out)

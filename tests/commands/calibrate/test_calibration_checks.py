@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dc_trl.commands.calibrate import checks, command, scores
+from dc_trl.commands.calibrate import checks, run, scores
 from dc_trl.commands.calibrate.checks import Plan
 from dc_trl.commands.calibrate.picture import save_picture
 from dc_trl.commands.calibrate.scores import Scores
@@ -244,12 +244,12 @@ def test_a_temperature_is_named_if_another_fits_better() -> None:
 def test_batches_are_whole(
     asked: int, available: int, generations: int, batch_size: int, processes: int, expected: tuple[int, int]
 ) -> None:
-    assert command.plan_batches(asked, available, generations, batch_size, processes) == expected
+    assert run.plan_batches(asked, available, generations, batch_size, processes) == expected
 
 
 def test_no_whole_batch() -> None:
     with pytest.raises(ValueError, match="at least 3 problems"):
-        command.plan_batches(2, 1000, 4, 60, 3)
+        run.plan_batches(2, 1000, 4, 60, 3)
 
 
 # The picture

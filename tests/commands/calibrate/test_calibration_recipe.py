@@ -8,7 +8,7 @@ import yaml
 from places import ROOT
 
 from dc_trl.commands.calibrate.recipe import check_recipe, set_tolerance
-from dc_trl.commands.cli import UsageError
+from dc_trl.commands.usage import UsageError
 
 RECIPES = sorted((ROOT / "examples/configs").glob("*.yaml"))
 

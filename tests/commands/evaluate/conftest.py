@@ -8,7 +8,7 @@ from known_engine import SUMS, KnownEngine, write
 from tiny import save_tiny_policy
 
 from dc_trl.commands.evaluate.benchmarks import Benchmark
-from dc_trl.commands.evaluate.runs import load_judge
+from dc_trl.commands.evaluate.run import load_judge
 from dc_trl.commands.evaluate.sampling import Judge
 
 
@@ -30,6 +30,6 @@ def judge() -> Judge:
 def engine(policy: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> KnownEngine:
     engine = KnownEngine()
     engine.learn(Benchmark("sums", "sums", "sums.jsonl", 4, "train"))
-    monkeypatch.setattr("dc_trl.commands.evaluate.runs.make_engine", lambda *args: engine)
-    monkeypatch.setattr("dc_trl.commands.evaluate.runs.load_judge", lambda: judge)
+    monkeypatch.setattr("dc_trl.commands.evaluate.run.make_engine", lambda *args: engine)
+    monkeypatch.setattr("dc_trl.commands.evaluate.run.load_judge", lambda: judge)
     return engine

@@ -145,7 +145,7 @@ def test_errors_name_the_value_and_the_way_out(
     write(Path("adapter/adapter_config.json"), [{"peft_type": "LORA"}])
     (save_tiny_policy("bare") / "chat_template.jinja").unlink()
     (save_tiny_policy("strict") / "chat_template.jinja").write_text("{{ raise_exception('alternate!') }}")
-    monkeypatch.setattr("dc_trl.commands.evaluate.runs.sample_benchmark", lambda *args: pytest.fail("it samples"))
+    monkeypatch.setattr("dc_trl.commands.evaluate.run.sample_benchmark", lambda *args: pytest.fail("it samples"))
     try:
         status = main(["evaluate", "--model_name_or_path", "policy", "--dataset", "sums.jsonl", *flags])
     except SystemExit as error:  # argparse's own
@@ -157,7 +157,7 @@ def test_errors_name_the_value_and_the_way_out(
 def test_vllm_that_is_not_installed(
     policy: Path, judge: Judge, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dc_trl.commands.evaluate.runs.load_judge", lambda: judge)
+    monkeypatch.setattr("dc_trl.commands.evaluate.run.load_judge", lambda: judge)
     monkeypatch.setattr("dc_trl.commands.evaluate.vllm_engines.importlib.util.find_spec", lambda name: None)
     assert evaluate() == 2
     assert "pip install 'dc-trl[vllm]'" in capsys.readouterr().err

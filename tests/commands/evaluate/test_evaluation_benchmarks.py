@@ -10,8 +10,16 @@ import pytest
 from known_engine import STDERR, SUMS, KnownEngine, write
 
 from dc_trl.commands.cli import main
-from dc_trl.commands.evaluate.benchmarks import BENCHMARKS, PAPER_FIGURES, Benchmark, load_problems, paper_figures
+from dc_trl.commands.evaluate.benchmarks import (
+    BENCHMARKS,
+    PAPER_BENCHMARKS,
+    PAPER_FIGURES,
+    Benchmark,
+    load_problems,
+    paper_figures,
+)
 from dc_trl.commands.evaluate.command import chosen_benchmarks, make_parser
+from dc_trl.commands.evaluate.table import results_table
 from dc_trl.records.results import read_results
 
 
@@ -38,10 +46,41 @@ def test_local_copies_of_the_papers_benchmarks(engine: KnownEngine, capsys: pyte
 def test_the_papers_figures_add_up() -> None:
     for column in PAPER_FIGURES.values():
         for method in (0, 1):
-            scores = [pair[method] for pair in column]
-            assert len(scores) == 7 and sum(scores[:6]) / 6 == pytest.approx(scores[6], abs=0.051)
+            scores = {name: pair[method] for name, pair in column.items()}
+            average = scores.pop("average")
+            assert tuple(scores) == PAPER_BENCHMARKS and sum(scores.values()) / 6 == pytest.approx(average, abs=0.051)
     assert paper_figures("olympiadbench")[0] == "70.1 / 74.4"
     assert paper_figures("sums") == [""] * 4
+    assert paper_figures("average")[0] == "67.3 / 71.0"
+
+
+def test_a_seventh_benchmark_has_no_figures_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    seventh = Benchmark("gsm8k", "GSM8K", "openai/gsm8k", 4)
+    monkeypatch.setitem(BENCHMARKS, "gsm8k", seventh)
+    assert paper_figures("gsm8k") == [""] * 4
+    assert paper_figures("average")[0] == "67.3 / 71.0"
+    results = [result_of(BENCHMARKS[name]) for name in PAPER_BENCHMARKS]
+    assert "average of the six" not in results_table([*results[1:], result_of(seventh)])
+    table = results_table([*results, result_of(seventh)])
+    # Not one of the six: it neither keeps their average away nor enters it. (6 · 50 %) / 6, error 6 % · √6 / 6.
+    assert "| average of the six |  | 50.0 ± 2.4 |  |  | 67.3 / 71.0 |" in table
+    assert "| GSM8K, avg@4 | 10 | 50.0 ± 6.0 | 0.0 | 9 |  |  |  |  |" in table
+
+
+def result_of(benchmark: Benchmark) -> dict[str, Any]:
+    """A result as `dc-trl evaluate` records it, half of the answers right."""
+    return {
+        "benchmark": benchmark.name,
+        "title": benchmark.title,
+        "metric": f"avg@{benchmark.samples}",
+        "mean": 0.5,
+        "stderr": 0.06,
+        "problems": 10,
+        "unjudged_problems": 0,
+        "limit": None,
+        "truncated": 0.0,
+        "mean_tokens": 9.0,
+    }
 
 
 # The columns of each dataset on the Hub, as docs/evaluation.md has them.

@@ -19,9 +19,10 @@ from tiny import OFF_TILE, save_tiny_policy, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoTokenizer
 from vllm_process import VLLMServer
 
-from dc_trl.commands.cli import UsageError, main
+from dc_trl.commands.cli import main
 from dc_trl.commands.evaluate.engines import Completion, Engine, Request, Sampling, TransformersEngine, precision_label
 from dc_trl.commands.evaluate.vllm_engines import ServerEngine
+from dc_trl.commands.usage import UsageError
 from dc_trl.records.results import read_results
 
 needs_vllm = [

@@ -13,10 +13,10 @@ from report_pages import Page, report, surge_entries, traces, write_log
 from runs import dc_trainer, trl_trainer
 from transformers import TrainerCallback
 
-from dc_trl.commands.cli import UsageError
 from dc_trl.commands.report.charts import COLORS, MAX_POINTS, points
 from dc_trl.commands.report.command import report_command
 from dc_trl.commands.report.panels import MAIN_PANELS, TAIL_PANELS
+from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_log import Run
 
 # Charts

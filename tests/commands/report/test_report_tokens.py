@@ -16,10 +16,10 @@ from plotly import graph_objects
 from plotly.offline import get_plotlyjs
 from report_pages import HOSTILE, hostile_run, report, sentence, surge_entries, write_log, write_tokens
 
-from dc_trl.commands.cli import UsageError
-from dc_trl.commands.report.command import build_report
+from dc_trl.commands.report.run import build_report
 from dc_trl.commands.report.text import duration, embedded_json, label, number, visible
 from dc_trl.commands.report.tokens import COMPLETIONS, TOKENS, token_view
+from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_log import read_run
 
 # Tokens

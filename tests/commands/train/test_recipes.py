@@ -170,7 +170,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dry_run_offline(name: str, stand_ins: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("dc_trl.commands.train.command.train", lambda *args: pytest.fail("it trains"))
+    monkeypatch.setattr("dc_trl.commands.train.run.train", lambda *args: pytest.fail("it trains"))
     accelerate, launcher, processes, update, generation, prompts = PLANS[name]
     model = stand_ins / "tiny" / "policy" if name == "tiny_cpu" else stand_ins / recipe(name)["model_name_or_path"]
     flags = ["--model_name_or_path", str(model), "--dataset_name", str(stand_ins / "dapo.parquet"), *launcher]

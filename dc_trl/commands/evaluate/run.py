@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dc_trl.commands.cli import UsageError
 from dc_trl.commands.evaluate.benchmarks import Benchmark, Problem, load_problems, short_hash
 from dc_trl.commands.evaluate.engines import Engine, Sampling, TransformersEngine
 from dc_trl.commands.evaluate.sampling import Judge, SampleFile, planned_draws, sample_benchmark
 from dc_trl.commands.evaluate.scoring import summarize
 from dc_trl.commands.evaluate.vllm_engines import ServerEngine, VLLMEngine
+from dc_trl.commands.usage import UsageError
 from dc_trl.records.results import append_result, score
 from dc_trl.tasks.data import BOXED_TEMPLATE, DatasetError
 
