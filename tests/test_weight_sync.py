@@ -18,11 +18,12 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from vllm_process import free_port
 
 from dc_trl.rollouts.checkpoint import next_checkpoint, remove_old_checkpoints, write_checkpoint
+from dc_trl.rollouts.transformers import TransformersGeneration
 from dc_trl.rollouts.vllm_server import (
     PatientAdapter,
     check_logprobs_mode,
@@ -230,3 +231,30 @@ def test_the_servers_own_words_reach_the_user(stub: Stub) -> None:
     with pytest.raises(ConnectionError, match="cannot find /checkpoint.*log"):
         with explain_failure(stub.url, "loading"):
             reload_weights(session(), stub.url, Path("/checkpoint"))
+
+
+def test_the_copy_takes_the_dtype_in_which_the_model_trains() -> None:
+    # DeepSpeed casts the model in place when training begins, which is after the engine is built.
+    model = tiny_model().eval()
+    engine = TransformersGeneration(model, Accelerator(cpu=True), tiny_tokenizer(), max_completion_length=8)
+    assert engine.policy.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        engine.sync_weights()
+        assert {parameter.dtype for parameter in engine.policy.parameters()} == {dtype}
+        live = dict(model.named_parameters())
+        assert all(torch.equal(parameter, live[name]) for name, parameter in engine.policy.named_parameters())
+    policy = engine.policy
+    engine.sync_weights()
+    assert engine.policy is policy
+
+
+def test_a_quantised_copy_stays_when_the_live_model_is_cast() -> None:
+    model = tiny_model().eval()
+    engine = TransformersGeneration(
+        model, Accelerator(cpu=True), tiny_tokenizer(), precision="int4", max_completion_length=8
+    )
+    policy = engine.policy
+    model.bfloat16()
+    engine.sync_weights()
+    assert engine.policy is policy and policy.dtype == torch.float32

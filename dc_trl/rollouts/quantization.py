@@ -192,10 +192,9 @@ class PolicyCopy:
         check_precision(precision)
         self.precision = precision
         self.device = device
-        trained = _trained_dtype(live)
-        self.dtype = compute_dtype(precision, trained, device)
+        self.dtype, self._float32_head = self._dtypes(live)
         self.model = _build_like(live, self.dtype, device)
-        if live.get_output_embeddings().weight.dtype == torch.float32 != trained and self.dtype != torch.float32:
+        if self._float32_head:
             _keep_head_in_float32(self.model)
         self._names = {name for name, _ in self.model.named_parameters()}
         self._quantized: dict[str, int] = {}
@@ -203,6 +202,20 @@ class PolicyCopy:
         self.quantization = "none" if precision is None else "cast"
         if precision in QUANTIZED_PRECISIONS:
             self.quantization = self._plan(precision)
+
+    def _dtypes(self, live: PreTrainedModel) -> tuple[torch.dtype, bool]:
+        """The dtype to multiply in, and whether the head alone is to stay in float32."""
+        trained = _trained_dtype(live)
+        dtype = compute_dtype(self.precision, trained, self.device)
+        head = live.get_output_embeddings().weight.dtype
+        return dtype, head == torch.float32 != trained and dtype != torch.float32
+
+    def fits(self, live: PreTrainedModel) -> bool:
+        """Whether the copy still has the dtypes that one built now would have.
+
+        DeepSpeed casts the model in training, and FSDP2's mixed precision casts it up, after the trainer is built.
+        """
+        return self._dtypes(live) == (self.dtype, self._float32_head)
 
     def _plan(self, precision: str) -> str:
         self._quantized = quantizable_parameters(self.model, self.model.get_output_embeddings())
