@@ -197,6 +197,8 @@ class PolicyCopy:
         if self._float32_head:
             _keep_head_in_float32(self.model)
         self._names = {name for name, _ in self.model.named_parameters()}
+        # Where each weight goes, looked up once: the way down the tree costs as much as copying a small tensor.
+        self._targets = self.model.state_dict(keep_vars=True)
         self._quantized: dict[str, int] = {}
         self._real: set[str] = set()
         self.quantization = "none" if precision is None else "cast"
@@ -238,24 +240,29 @@ class PolicyCopy:
         missing = set(self._names)
         for name, tensor in tensors:
             missing.discard(name)
-            self._store(name, tensor)
+            self.load_weight(name, tensor)
         if missing:
             raise ValueError(
                 f"the live model gave no value for {', '.join(sorted(missing))}. If an adapter sits on one of two "
                 "tied matrices, target other layers, or load the model with tie_word_embeddings=False."
             )
 
-    def _store(self, name: str, tensor: torch.Tensor) -> None:
-        prefix, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(prefix)
-        if name in self._real:
-            # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
-            weight = tensor.to(self.device, self.dtype, copy=True)
-            setattr(owner, leaf, real_weight(weight, str(self.precision)))
-            return
+    def load_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy one live tensor in, rounded to what the copy holds under that name. The tensor is only read."""
         if name in self._quantized:
-            tensor = fake_quantize(tensor.to(self.device), str(self.precision), self._quantized[name])
-        getattr(owner, leaf).copy_(tensor)
+            self._load_quantized(name, tensor)
+        else:
+            self._targets[name].copy_(tensor)
+
+    def _load_quantized(self, name: str, tensor: torch.Tensor) -> None:
+        precision = str(self.precision)
+        if name not in self._real:
+            self._targets[name].copy_(fake_quantize(tensor.to(self.device), precision, self._quantized[name]))
+            return
+        prefix, _, leaf = name.rpartition(".")
+        # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
+        weight = tensor.to(self.device, self.dtype, copy=True)
+        setattr(self.model.get_submodule(prefix), leaf, real_weight(weight, precision))
 
 
 def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from dc_trl.rollouts.quantization import PolicyCopy
-from dc_trl.rollouts.weights import iter_policy_weights
+from dc_trl.rollouts.weights import iter_plain_weights, plain_model
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +85,7 @@ class TransformersGeneration:
         self.max_completion_length = max_completion_length
         self.generation_batch_size = generation_batch_size
         self._device = accelerator.device
-        unwrapped: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._live: PreTrainedModel = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
+        self._live = plain_model(model, accelerator)  # once: unwrapping walks the tree, twice
         self._copy = PolicyCopy(self._live, precision, self._device)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         eos = _default_eos(self._live, tokenizer) if eos_token_ids is None else eos_token_ids
@@ -124,7 +122,7 @@ class TransformersGeneration:
         if not self._copy.fits(self._live):
             del self._copy  # before the next one takes its room
             self._copy = PolicyCopy(self._live, self.precision, self._device)
-        self._copy.load(iter_policy_weights(self.model, self.accelerator))
+        self._copy.load(iter_plain_weights(self._live, self.accelerator))
         self._synced = True
 
     def generate(
