@@ -3,11 +3,13 @@
 
 Only what standard weight-only schemes quantise is quantised: the `nn.Linear` layers inside the blocks and the fused
 expert tensors of mixtures of experts. Embeddings, LM head, routers, norms and biases stay in the compute dtype, and so
-do all activations and the KV cache.
+do all activations and the KV cache. A router is what decides which experts a token sees, and how much of the shared
+one.
 """
 
 import copy
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +27,9 @@ QUANTIZED_PRECISIONS = ("fp8", *INTEGER_BITS)
 PRECISIONS = (*CAST_DTYPES, *QUANTIZED_PRECISIONS)
 # The group size of common 4-bit checkpoints. 8-bit formats have one scale per output channel.
 GROUP_SIZE = 128
+# By name, as the exclusion lists of quantisation tools have them: the classes differ from model to model, and some
+# routers are an `nn.Linear`, or hold several.
+_ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)")
 
 
 def check_precision(precision: str | None) -> None:
@@ -49,16 +54,19 @@ def compute_dtype(precision: str | None, trained: torch.dtype, device: torch.dev
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def fake_quantize(weight: torch.Tensor, precision: str) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, precision: str, input_dim: int = -1) -> torch.Tensor:
     """Round a weight to the nearest value that `precision` can represent and return it dequantised, in float32.
 
     Symmetric round to nearest with scale = max |w| / largest code. int8 and fp8 (e4m3) have one scale per output
-    channel; int4 and int3 one per group of 128 along the last dimension (the input, in `nn.Linear`).
+    channel; int4 and int3 one per group of 128 inputs.
 
     Args:
-        weight: (..., input), any floating dtype; each vector along the last dimension is quantised by itself.
+        weight: any shape and floating dtype; each vector along `input_dim` is quantised by itself.
         precision: one of fp8, int8, int4, int3.
+        input_dim: the dimension that the multiplication sums over: the last in `nn.Linear`.
     """
+    if input_dim != -1:
+        return fake_quantize(weight.transpose(input_dim, -1), precision).transpose(input_dim, -1)
     weight = weight.float()
     width = weight.shape[-1]
     group = GROUP_SIZE if precision in ("int4", "int3") else width
@@ -84,27 +92,46 @@ def _round_to_e4m3(values: torch.Tensor) -> torch.Tensor:
     return values.to(device).to(torch.float8_e4m3fn).to(values.device, torch.float32)
 
 
-def quantizable_parameters(model: nn.Module, output_head: nn.Module | None) -> set[str]:
-    """Names of the parameters of `model` to quantise: `nn.Linear` weights except the head's, and fused expert tensors.
+def quantizable_parameters(model: nn.Module, output_head: nn.Module | None) -> dict[str, int]:
+    """The parameters of `model` to quantise, by name, each with the dimension of its inputs, counted from the end.
 
-    Fused experts are the floating (experts, ., .) parameters that transformers keeps outside of `nn.Linear`.
+    They are the weights of `nn.Linear` layers other than the head and the routers, and the fused experts: the
+    (experts, ., .) parameters that transformers keeps outside of `nn.Linear`.
 
     Raises:
         ValueError: there is none, so the precision would silently do nothing (GPT-2's `Conv1D` layers, for example).
     """
-    names = set()
+    found = {}
     for prefix, module in model.named_modules():
-        if module is output_head or isinstance(module, nn.modules.conv._ConvNd):
+        if module is output_head or _ROUTER.search(prefix):
             continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if (isinstance(module, nn.Linear) and leaf == "weight") or parameter.ndim == 3:
-                names.add(f"{prefix}.{leaf}" if prefix else leaf)
-    if not names:
+        if isinstance(module, nn.Linear):
+            found[f"{prefix}.weight"] = -1
+        elif "expert" in f"{prefix}.{type(module).__name__}".lower():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    found[f"{prefix}.{leaf}"] = _input_dim_of_experts(module)
+    if not found:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear layer or fused experts to quantise; use the rollout precision "
             "bf16, fp16 or None."
         )
-    return names
+    return found
+
+
+def _input_dim_of_experts(module: Any) -> int:
+    """-1 for experts (E, output, input), -2 for (E, input, output).
+
+    transformers marks most of the latter by `is_transposed`. The others are told by their shapes; where these do not
+    tell, the order is that of `nn.Linear`.
+    """
+    transposed = getattr(module, "is_transposed", None)
+    if transposed is None and hasattr(module, "gate_up_proj"):
+        # The gate and the projection up, side by side, are twice as many outputs as the projection down has inputs.
+        transposed = module.gate_up_proj.shape[-1] == 2 * module.down_proj.shape[-2]
+    elif transposed is None and hasattr(module, "in_features"):
+        transposed = tuple(module.weight.shape[-2:]) == (module.in_features, module.out_features)
+    return -2 if transposed else -1
 
 
 def real_weight(weight: torch.Tensor, precision: str) -> nn.Parameter:
@@ -165,17 +192,32 @@ class PolicyCopy:
         check_precision(precision)
         self.precision = precision
         self.device = device
-        trained = _trained_dtype(live)
-        self.dtype = compute_dtype(precision, trained, device)
+        self.dtype, self._float32_head = self._dtypes(live)
         self.model = _build_like(live, self.dtype, device)
-        if live.get_output_embeddings().weight.dtype == torch.float32 != trained and self.dtype != torch.float32:
+        if self._float32_head:
             _keep_head_in_float32(self.model)
         self._names = {name for name, _ in self.model.named_parameters()}
-        self._quantized: set[str] = set()
+        # Where each weight goes, looked up once: the way down the tree costs as much as copying a small tensor.
+        self._targets = self.model.state_dict(keep_vars=True)
+        self._quantized: dict[str, int] = {}
         self._real: set[str] = set()
         self.quantization = "none" if precision is None else "cast"
         if precision in QUANTIZED_PRECISIONS:
             self.quantization = self._plan(precision)
+
+    def _dtypes(self, live: PreTrainedModel) -> tuple[torch.dtype, bool]:
+        """The dtype to multiply in, and whether the head alone is to stay in float32."""
+        trained = _trained_dtype(live)
+        dtype = compute_dtype(self.precision, trained, self.device)
+        head = live.get_output_embeddings().weight.dtype
+        return dtype, head == torch.float32 != trained and dtype != torch.float32
+
+    def fits(self, live: PreTrainedModel) -> bool:
+        """Whether the copy still has the dtypes that one built now would have.
+
+        DeepSpeed casts the model in training, and FSDP2's mixed precision casts it up, after the trainer is built.
+        """
+        return self._dtypes(live) == (self.dtype, self._float32_head)
 
     def _plan(self, precision: str) -> str:
         self._quantized = quantizable_parameters(self.model, self.model.get_output_embeddings())
@@ -183,7 +225,7 @@ class PolicyCopy:
             self._real = {name for name in self._quantized if self.model.get_parameter(name).ndim == 2}
         if not self._real:
             return "fake"
-        return "real" if self._real == self._quantized else "mixed"
+        return "real" if self._real == set(self._quantized) else "mixed"
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -198,24 +240,29 @@ class PolicyCopy:
         missing = set(self._names)
         for name, tensor in tensors:
             missing.discard(name)
-            self._store(name, tensor)
+            self.load_weight(name, tensor)
         if missing:
             raise ValueError(
                 f"the live model gave no value for {', '.join(sorted(missing))}. If an adapter sits on one of two "
                 "tied matrices, target other layers, or load the model with tie_word_embeddings=False."
             )
 
-    def _store(self, name: str, tensor: torch.Tensor) -> None:
-        prefix, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(prefix)
-        if name in self._real:
-            # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
-            weight = tensor.to(self.device, self.dtype, copy=True)
-            setattr(owner, leaf, real_weight(weight, str(self.precision)))
-            return
+    def load_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy one live tensor in, rounded to what the copy holds under that name. The tensor is only read."""
         if name in self._quantized:
-            tensor = fake_quantize(tensor.to(self.device), str(self.precision))
-        getattr(owner, leaf).copy_(tensor)
+            self._load_quantized(name, tensor)
+        else:
+            self._targets[name].copy_(tensor)
+
+    def _load_quantized(self, name: str, tensor: torch.Tensor) -> None:
+        precision = str(self.precision)
+        if name not in self._real:
+            self._targets[name].copy_(fake_quantize(tensor.to(self.device), precision, self._quantized[name]))
+            return
+        prefix, _, leaf = name.rpartition(".")
+        # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
+        weight = tensor.to(self.device, self.dtype, copy=True)
+        setattr(self.model.get_submodule(prefix), leaf, real_weight(weight, precision))
 
 
 def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from dc_trl.rollouts.quantization import PolicyCopy
 from dc_trl.rollouts.sampling_options import IN_PROCESS, check_decoding, objection
-from dc_trl.rollouts.weights import iter_policy_weights
+from dc_trl.rollouts.weights import iter_plain_weights, plain_model
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +51,6 @@ class TransformersGeneration:
         generation_kwargs: sampling options; only those that `dc_trl.rollouts.sampling_options` calls neutral pass.
         seed: seed of a private generator; None draws from torch's global one.
 
-    Attributes:
-        policy: the engine's own model, in eval mode, with the weights that sample.
-        quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
-            simulated fused experts); for logs.
-
     Raises:
         ValueError: unknown precision, temperature not above 0, unsupported option, or nothing to quantise.
     """
@@ -83,29 +77,44 @@ class TransformersGeneration:
         self.max_completion_length = max_completion_length
         self.generation_batch_size = generation_batch_size
         self._device = accelerator.device
-        unwrapped: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
-        live: PreTrainedModel = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
-        self._copy = PolicyCopy(live, precision, self._device)
-        self.policy = self._copy.model
-        self.quantization = self._copy.quantization
+        self._live = plain_model(model, accelerator)  # once: unwrapping walks the tree, twice
+        self._copy = PolicyCopy(self._live, precision, self._device)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        eos = _default_eos(live, tokenizer) if eos_token_ids is None else eos_token_ids
+        eos = _default_eos(self._live, tokenizer) if eos_token_ids is None else eos_token_ids
         self._eos = torch.tensor(eos, dtype=torch.long, device=self._device)
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any id will do
         self._generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         self._synced = False
         logger.info("rollout precision %s, quantisation %s", precision or "as trained", self.quantization)
 
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The engine's own model, in eval mode, with the weights that sample."""
+        return self._copy.model
+
+    @property
+    def quantization(self) -> str:
+        """How the weights are held.
+
+        "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers, simulated fused
+        experts); for logs.
+        """
+        return self._copy.quantization
+
     def sync_weights(self) -> None:
         """Copy the live weights into `policy` and quantise them again; the live model is only read.
 
-        Collective under FSDP2 and ZeRO-3: every process must call it.
+        Collective under FSDP2 and ZeRO-3: every process must call it. `policy` is built anew where the live model has
+        been cast since, as DeepSpeed does: as trained means as it trains, not as it was loaded.
 
         Raises:
             NotImplementedError: FSDP version 1, or an adapter that cannot be merged into the weights.
             ValueError: an adapter on tied embeddings.
         """
-        self._copy.load(iter_policy_weights(self.model, self.accelerator))
+        if not self._copy.fits(self._live):
+            del self._copy  # before the next one takes its room
+            self._copy = PolicyCopy(self._live, self.precision, self._device)
+        self._copy.load(iter_plain_weights(self._live, self.accelerator))
         self._synced = True
 
     def generate(
