@@ -14,7 +14,8 @@ from dc_trl.commands.usage import UsageError
 if TYPE_CHECKING:
     from dc_trl.commands.calibrate.output import Calibration
 
-HEALTHY, UNHEALTHY = 0, 1
+HEALTHY = 0
+UNHEALTHY = 1
 
 
 def calibrate_command(argv: Sequence[str]) -> int:
