@@ -11,23 +11,11 @@ from dc_trl.constraint import CONSTRAINTS, DISCREPANCY_LEVELS
 from dc_trl.discrepancy import DISCREPANCY_METRICS
 from dc_trl.length_decay import check_factor, check_min_ratio, check_period
 from dc_trl.rollouts.engines import BACKENDS, engine_of
+from dc_trl.rollouts.precisions import PRECISIONS
 from dc_trl.rollouts.sampling_options import ANY_ENGINE, IN_PROCESS, VLLM, check_decoding, objection
-
-ROLLOUT_PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4", "int3")
 
 # Loss types that divide by the number of sequences, so that a dropped sequence must be taken out of the divisor.
 SEQUENCE_MEAN_LOSSES = ("grpo", "dr_grpo", "luspo", "sapo")
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "constraint": CONSTRAINTS,
-    "discrepancy_metric": DISCREPANCY_METRICS,
-    "discrepancy_level": DISCREPANCY_LEVELS,
-    "discrepancy_average": ("trajectory", "token"),
-    "advantage_estimator": ("grpo", "rloo"),
-    "zero_variance_groups": ("keep", "drop"),
-    "rollout_backend": BACKENDS,
-    "weight_sync": ("nccl", "disk"),
-}
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -65,7 +53,9 @@ class DCGRPOConfig(GRPOConfig):
         "prob_diff", "Discrepancy of a token, eq. 2; the default is the paper's.", choices=list(DISCREPANCY_METRICS)
     )
     discrepancy_level: str = _option(
-        "token", "`token`, or `sequence`: the trajectory's mean for each of its tokens.", choices=["token", "sequence"]
+        "token",
+        "`token`, or `sequence`: the trajectory's mean for each of its tokens.",
+        choices=list(DISCREPANCY_LEVELS),
     )
     discrepancy_average: str = _option(
         "trajectory",
@@ -106,7 +96,7 @@ class DCGRPOConfig(GRPOConfig):
         choices=list(BACKENDS),
     )
     rollout_precision: str | None = _option(
-        None, "Precision of the sampling copy; None: as trained.", choices=[None, *ROLLOUT_PRECISIONS]
+        None, "Precision of the sampling copy; None: as trained.", choices=[None, *PRECISIONS]
     )
     vllm_engine_kwargs: dict | str | None = _option(
         None,
@@ -136,9 +126,7 @@ class DCGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which is unknown: use one of {allowed}.")
+        self._check_choices()
         self._check_numbers()
         self._check_length_decay()
         self._check_rollouts()
@@ -150,6 +138,17 @@ class DCGRPOConfig(GRPOConfig):
             self._check_sampling()
         if self.constraint != "none":
             self._check_loss()
+
+    def _check_choices(self) -> None:
+        """Every field of this class's own that says its choices holds one of them."""
+        for name, option in self.__dataclass_fields__.items():
+            allowed = option.metadata.get("choices")
+            if allowed is not None and name not in GRPOConfig.__dataclass_fields__:
+                value = getattr(self, name)
+                if value not in allowed:
+                    names = ", ".join(repr(choice) for choice in allowed if choice is not None)
+                    unset = ", or leave it unset" if None in allowed else ""
+                    raise ValueError(f"`{name}` is {value!r}, which is unknown: use one of {names}{unset}.")
 
     def _check_numbers(self) -> None:
         for name in ("multiplier_init", "multiplier_max", "dual_lr", "tolerance_slack", "discrepancy_tolerance"):
@@ -178,11 +177,6 @@ class DCGRPOConfig(GRPOConfig):
             )
 
     def _check_rollouts(self) -> None:
-        if self.rollout_precision is not None and self.rollout_precision not in ROLLOUT_PRECISIONS:
-            raise ValueError(
-                f"`rollout_precision` is {self.rollout_precision!r}, which is unknown: use one of "
-                f"{ROLLOUT_PRECISIONS}, or leave it unset for the precision of training."
-            )
         engine_of(vars(self)).check_config(self)
         if self.rollout_backend == "vllm" and self.rollout_precision is not None:
             raise ValueError(

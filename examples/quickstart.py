@@ -37,8 +37,8 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from transformers.utils.logging import disable_progress_bar
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
-from dc_trl.config import ROLLOUT_PRECISIONS
 from dc_trl.estimators.advantage import CONSTRAINTS
+from dc_trl.rollouts.precisions import PRECISIONS
 from dc_trl.tasks.data import BOXED_TEMPLATE, load_math_dataset
 from dc_trl.tasks.rewards import MathAccuracyReward
 
@@ -57,7 +57,7 @@ class DemoArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     vllm: bool = field(default=False, metadata={"help": "Sample with vLLM in this process, not with transformers."})
     precision: str = field(
-        default="int4", metadata={"help": "Of the in-process sampler.", "choices": list(ROLLOUT_PRECISIONS)}
+        default="int4", metadata={"help": "Of the in-process sampler.", "choices": list(PRECISIONS)}
     )
     constraint: str = field(default="lagrangian", metadata={"help": "See DCGRPOConfig.", "choices": list(CONSTRAINTS)})
     tolerance: float | None = field(default=None, metadata={"help": "Of the discrepancy. Default: calibrated."})

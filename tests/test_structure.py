@@ -45,6 +45,7 @@ def test_nothing_but_the_command_imports_upwards(path: Path) -> None:
         # What engines declare of themselves, and of sampling options, stands below the configuration that chooses one.
         assert not {m for m in modules if m and m.startswith("dc_trl.rollouts")} - {
             "dc_trl.rollouts.engines",
+            "dc_trl.rollouts.precisions",
             "dc_trl.rollouts.sampling_options",
         }
     if "engines" in path.parts:

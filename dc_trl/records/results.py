@@ -43,8 +43,11 @@ def read_results(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def newest_results(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of results that a model card cannot tell apart, because only weights, seed or prompt differ, the last."""
-    keys = ("dataset", "metric", *CARD_SETTINGS)
-    return list({(result["benchmark"], *(result[key] for key in keys)): result for result in results}.values())
+    last = {}
+    for result in results:
+        identity = tuple(result[key] for key in ("benchmark", "dataset", "metric", *CARD_SETTINGS))
+        last[identity] = result
+    return list(last.values())
 
 
 def score(mean: float | None, stderr: float | None) -> str:

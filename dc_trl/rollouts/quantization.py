@@ -11,7 +11,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,12 +19,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dc_trl.rollouts.precisions import CAST_DTYPES, INTEGER_BITS, PRECISIONS, QUANTIZED_PRECISIONS
+
 logger = logging.getLogger(__name__)
 
-CAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-INTEGER_BITS = {"int8": 8, "int4": 4, "int3": 3}
-QUANTIZED_PRECISIONS = ("fp8", *INTEGER_BITS)
-PRECISIONS = (*CAST_DTYPES, *QUANTIZED_PRECISIONS)
 # The group size of common 4-bit checkpoints. 8-bit formats have one scale per output channel.
 GROUP_SIZE = 128
 # By name, as the exclusion lists of quantisation tools have them: the classes differ from model to model, and some
@@ -50,7 +48,7 @@ def compute_dtype(precision: str | None, trained: torch.dtype, device: torch.dev
     if precision is None:
         return trained
     if precision in CAST_DTYPES:
-        return CAST_DTYPES[precision]
+        return cast(torch.dtype, getattr(torch, CAST_DTYPES[precision]))
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

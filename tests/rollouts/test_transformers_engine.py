@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from dc_trl.rollouts.quantization import PRECISIONS, fake_quantize
+from dc_trl.rollouts.precisions import PRECISIONS
+from dc_trl.rollouts.quantization import fake_quantize
 from dc_trl.rollouts.transformers import TransformersGeneration
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [13, 14, 15]]

@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dc_trl.commands.calibrate.scores import Mean, Scores, difference_stderr, mean_discrepancy, staleness
-from dc_trl.discrepancy import valid_tokens
+from dc_trl.discrepancy import METRICS, valid_tokens
 
-PASS, WARN, FAIL, NOT_RUN = "pass", "warn", "fail", "not run"
+PASS = "pass"
+WARN = "warn"
+FAIL = "fail"
+NOT_RUN = "not run"
 
 # A repeated pass must not be higher by both more than chance (four standard errors) and more than the default slack.
-REPEAT_ERRORS, REPEAT_RATIO = 4.0, 1.25
+REPEAT_ERRORS = 4.0
+REPEAT_RATIO = 1.25
 # With fewer problems a standard error says little about chance.
 REPEAT_PROBLEMS = 4
 # The figures behind these thresholds, their command and their hardware are in docs/calibration.md, "The checks".
@@ -38,11 +42,10 @@ STDERR_SHARE = 0.1
 # Rounding errors of adding and taking out adapters in float32 stay below; in bf16 they are far above.
 WEIGHTS_MOVED = 1e-5
 # A token of which one engine gives 150 times the probability of the other: no rounding of a sound model does that.
-TAIL_NATS, TAIL_SHARE = 5.0, 0.01
+TAIL_NATS = 5.0
+TAIL_SHARE = 0.01
 # verl's alert threshold ("Rollout Correction" documentation).
 LEAST_ESS = 0.3
-# Means at which the engines agree as float32 with float32: a hundredth of the smallest tolerance that was published.
-AGREEING = {"prob_diff": 1e-5, "prob_ratio": 1e-4, "logprob_diff": 1e-4}
 
 _PAGE = "docs/troubleshooting.md"
 
@@ -81,10 +84,8 @@ def check_scored(scores: Scores) -> Verdict:
     unscored = tokens - int(valid_tokens(scores.sampling_logps, scores.mask).sum())
     name = "scored tokens"
     if not tokens:
-        return Verdict(
-            name, FAIL, "No token counts: every completion is masked.",
-            "Raise `max_completion_length`, or set `mask_truncated_completions: false`.",
-        )  # fmt: skip
+        remedy = "Raise `max_completion_length`, or set `mask_truncated_completions: false`."
+        return Verdict(name, FAIL, "No token counts: every completion is masked.", remedy)
     if unscored:
         message = f"{unscored} of {tokens} tokens have no sampling log-prob (NaN, infinite, above 0, a placeholder)."
         return Verdict(name, FAIL, message, f"{_PAGE}#nan-log-probs")
@@ -101,22 +102,25 @@ def check_precision(floor: Mean, problems: int) -> Verdict:
         return Verdict(name, WARN, f"{problems} problem gives no standard error.", "Raise --problems.")
     share = floor.stderr / floor.value if floor.value else 0.0
     message = f"The mean is known to ±{share:.1%} (one standard error, over {problems} problems)."
-    return Verdict(name, WARN if share > STDERR_SHARE else PASS, message, "Raise --problems." * (share > STDERR_SHARE))
+    if share > STDERR_SHARE:
+        return Verdict(name, WARN, message, "Raise --problems.")
+    return Verdict(name, PASS, message)
 
 
 def check_repeat(first: Scores, second: Scores, plan: Plan) -> Verdict:
     """Whether a second pass with the same weights, synced again, gives the same mean."""
     name = "repeat"
-    a, b = (mean_discrepancy(scores, plan.metric, plan.average).value for scores in (first, second))
+    before = mean_discrepancy(first, plan.metric, plan.average).value
+    after = mean_discrepancy(second, plan.metric, plan.average).value
     error = difference_stderr(first, second, plan.metric, plan.average)
-    message = f"The same weights, synced again: {a:.3g} → {b:.3g}, standard error of the difference {error:.1g}."
+    message = (
+        f"The same weights, synced again: {before:.3g} → {after:.3g}, standard error of the difference {error:.1g}."
+    )
     if len(first.problems.unique()) < REPEAT_PROBLEMS:
         return Verdict(name, NOT_RUN, f"{message} Fewer than {REPEAT_PROBLEMS} problems.", "Raise --problems.")
-    if b - a > REPEAT_ERRORS * error and b > REPEAT_RATIO * a:
-        return Verdict(
-            name, FAIL, message, f"The sync corrupts what it sends (a second quantisation, merged adapters): {_PAGE}"
-            "#broken-or-stale-weight-sync",
-        )  # fmt: skip
+    if after - before > REPEAT_ERRORS * error and after > REPEAT_RATIO * before:
+        cause = "The sync corrupts what it sends (a second quantisation, merged adapters)"
+        return Verdict(name, FAIL, message, f"{cause}: {_PAGE}#broken-or-stale-weight-sync")
     return Verdict(name, PASS, message)
 
 
@@ -134,7 +138,9 @@ def check_sync(
     name, page = "sync", f"{_PAGE}#broken-or-stale-weight-sync"
     if stale is None or nudged is None or undone is None or size is None:
         return Verdict(name, NOT_RUN, "No token was scored.")
-    low, high, now = (mean_discrepancy(s, "logprob_diff", "token").value for s in (floor, stale, nudged))
+    low = mean_discrepancy(floor, "logprob_diff", "token").value
+    high = mean_discrepancy(stale, "logprob_diff", "token").value
+    now = mean_discrepancy(nudged, "logprob_diff", "token").value
     missed = staleness(nudged, undone)
     numbers = (
         f"Weights moved by {size:.0%} and synced: mean |log π − log μ| {low:.3g} → {now:.3g}; a dead sync would give "
@@ -148,10 +154,11 @@ def check_sync(
         if missed.value > PART_SHARE + 2 * missed.stderr:
             remedy = f"{_PAGE}#stale-prefix-cache, then #broken-or-stale-weight-sync"
             return Verdict(name, FAIL, f"{numbers} A cache, or part of the weights, is old.", remedy)
-        return Verdict(
-            name, WARN, f"{numbers} The rise does not follow the move: the moved policy is less sure of itself, and "
-            "the engines differ more on it. A small part that stayed old would be hidden.", "Raise --problems.",
-        )  # fmt: skip
+        message = (
+            f"{numbers} The rise does not follow the move: the moved policy is less sure of itself, and the engines "
+            "differ more on it. A small part that stayed old would be hidden."
+        )
+        return Verdict(name, WARN, message, "Raise --problems.")
     if high < SYNC_CONTRAST * low:
         return Verdict(name, NOT_RUN, f"{numbers} The floor is so high that it would hide a part that stayed old.")
     return Verdict(name, PASS, numbers)
@@ -165,8 +172,9 @@ def check_weights(moved: float) -> Verdict:
     return Verdict("weights untouched", PASS, message)
 
 
-def check_temperature(asked: float, misfits: dict[float, float], other: float | None,
-                      other_misfits: dict[float, float] | None) -> Verdict:  # fmt: skip
+def check_temperature(
+    asked: float, misfits: dict[float, float], other: float | None, other_misfits: dict[float, float] | None
+) -> Verdict:
     """Whether the engine's log-probs are those of the temperature asked for, at the recipe's and at another one.
 
     Args:
@@ -185,14 +193,14 @@ def check_temperature(asked: float, misfits: dict[float, float], other: float | 
                 f"Asked for {temperature:g}, the engine's log-probs fit {best:g} better: mean |log π − log μ| "
                 f"{table[best]:.3g} against {own:.3g}."
             )
-            raw = best == 1.0
-            return Verdict(name, FAIL, message, f"{_PAGE}#{'raw-log-probs-from-the-server' if raw else 'temperature'}")
+            anchor = "raw-log-probs-from-the-server" if best == 1.0 else "temperature"
+            return Verdict(name, FAIL, message, f"{_PAGE}#{anchor}")
         others = ", ".join(f"{table[t]:.3g} at {t:g}" for t in sorted(table) if t != temperature)
         parts.append(f"asked for {temperature:g}, mean |log π − log μ| {own:.3g} there, {others}")
     message = f"No other temperature fits clearly better: {'; '.join(parts)}."
     if other_misfits is None:
-        return Verdict(name, WARN, f"{message} No other temperature was tried.", "Set `temperature` alone, not in "
-                       "`generation_kwargs`.")  # fmt: skip
+        remedy = "Set `temperature` alone, not in `generation_kwargs`."
+        return Verdict(name, WARN, f"{message} No other temperature was tried.", remedy)
     return Verdict(name, PASS, message)
 
 
@@ -225,11 +233,12 @@ def recommend(scores: Scores, plan: Plan) -> Recommendation:
         plan: the run's.
     """
     floor = mean_discrepancy(scores, plan.metric, plan.average)
-    if floor.value < AGREEING[plan.metric]:
-        return Recommendation(
-            None, f"The engines agree: a mean of {floor.value:.2g} is rounding in float32. No constraint is needed; "
-            "`constraint: none` measures on.",
-        )  # fmt: skip
+    if floor.value < METRICS[plan.metric].agreeing:
+        reason = (
+            f"The engines agree: a mean of {floor.value:.2g} is rounding in float32. No constraint is needed; "
+            "`constraint: none` measures on."
+        )
+        return Recommendation(None, reason)
     slack = plan.slack * floor.value
     # Both passes sampled each problem; a training batch has its own problems, once.
     noise = 3 * floor.spread / math.sqrt(plan.problems_per_batch) if math.isfinite(floor.spread) else 0.0

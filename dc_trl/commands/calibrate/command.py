@@ -15,7 +15,8 @@ from dc_trl.rollouts.engines import check_log_prob_source, engine_of
 if TYPE_CHECKING:
     from dc_trl.commands.calibrate.output import Calibration
 
-HEALTHY, UNHEALTHY = 0, 1
+HEALTHY = 0
+UNHEALTHY = 1
 
 
 def calibrate_command(argv: Sequence[str]) -> int:

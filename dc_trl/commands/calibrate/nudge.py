@@ -17,7 +17,8 @@ FIRST_SIZE = 0.01
 # Beyond this a model is noise, and more noise shows no more.
 LAST_SIZE = 0.64
 # A dead sync must stand out this far above the floor, and this far in nats, to be told from it.
-CONTRAST, MINIMUM = 10.0, 0.02
+CONTRAST = 10.0
+MINIMUM = 0.02
 
 
 class Nudge:

@@ -15,14 +15,26 @@ import torch
 from dc_trl import __version__
 from dc_trl.commands.calibrate.checks import FAIL, Plan, Recommendation, Verdict, healthy
 from dc_trl.commands.calibrate.measure import Measurement
-from dc_trl.commands.calibrate.scores import SYMBOLS, describe, mean_discrepancy
+from dc_trl.commands.calibrate.scores import describe, mean_discrepancy
+from dc_trl.discrepancy import METRICS
 
 JSON_FILE = "calibration.json"
 # Tolerances of arXiv 2606.08779 (secondary source), of |π − μ|, on its authors' stack.
 SCALE = "For scale: 0.0037 on Qwen3-8B, 0.0050 on Qwen3-30B-A3B, on the authors' stack (secondary source)."
 
-_LOGGED = ("kl", "k3_kl", "chi2_token", "ess", "pearson", "ppl_ratio", "log_ppl_abs_diff", "importance_ratio/min",
-           "importance_ratio/mean", "importance_ratio/max", "nan_fraction")  # fmt: skip
+_LOGGED = (
+    "kl",
+    "k3_kl",
+    "chi2_token",
+    "ess",
+    "pearson",
+    "ppl_ratio",
+    "log_ppl_abs_diff",
+    "importance_ratio/min",
+    "importance_ratio/mean",
+    "importance_ratio/max",
+    "nan_fraction",
+)
 _VERSIONS = ("trl", "transformers", "torch", "accelerate", "peft", "torchao", "vllm")
 
 
@@ -126,29 +138,29 @@ def as_text(found: Calibration) -> str:
 
 def _size(found: Calibration, table: dict[str, Any]) -> list[str]:
     floor = mean_discrepancy(found.measurement.floor, found.plan.metric, found.plan.average)
+    symbol = METRICS[found.plan.metric].symbol
     return [
         f"  2 passes, {table['completions']} completions of {table['problems']} problems, {table['tokens']:,} tokens",
         f"  {table['mean_length']:.0f} tokens a completion, {table['cut_fraction']:.0%} cut at max_completion_length",
         f"  {found.run['hardware']}, {found.run['seconds']:.0f} s",
-        f"  floor: mean {SYMBOLS[found.plan.metric]} by {found.plan.average} {floor.value:.4g} ± {floor.stderr:.1g} "
-        "(standard error)",
+        f"  floor: mean {symbol} by {found.plan.average} {floor.value:.4g} ± {floor.stderr:.1g} (standard error)",
     ]
 
 
 def _metrics(table: dict[str, Any]) -> list[str]:
     columns = ("mean", "p50", "p99", "max")
     lines = [f"{'discrepancy of a token':32}" + "".join(f"{column:>11}" for column in columns)]
-    for metric, symbol in SYMBOLS.items():
-        cells = "".join(f"{_number(table['metrics'][metric][column]):>11}" for column in columns)
-        lines.append(f"  {metric:14}{symbol:16}{cells}")
+    for name, metric in METRICS.items():
+        cells = "".join(f"{_number(table['metrics'][name][column]):>11}" for column in columns)
+        lines.append(f"  {name:14}{metric.symbol:16}{cells}")
     return lines
 
 
 def _bins(title: str, rows: list[dict[str, Any]], edge: Any) -> list[str]:
-    lines = [f"{title:20}{'tokens':>11}" + "".join(f"{metric:>14}" for metric in SYMBOLS)]
+    lines = [f"{title:20}{'tokens':>11}" + "".join(f"{metric:>14}" for metric in METRICS)]
     for row in rows:
         label = f"{edge(row['from'])} to {edge(row['to'])}"
-        cells = "".join(f"{_number(row[metric]):>14}" for metric in SYMBOLS)
+        cells = "".join(f"{_number(row[metric]):>14}" for metric in METRICS)
         lines.append(f"  {label:18}{row['tokens']:>11,}{cells}")
     return lines
 

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dc_trl.commands.calibrate.checks import Plan
-from dc_trl.commands.calibrate.scores import SYMBOLS, Scores, describe, mean_discrepancy
+from dc_trl.commands.calibrate.scores import Scores, describe, mean_discrepancy
+from dc_trl.discrepancy import METRICS
 from dc_trl.records.card.plotting import BLUE, LIGHT_BLUE, TEXT, VERMILION, dress, new_figure, save_png
 
 PICTURE_FILE = "calibration.png"
@@ -31,7 +32,7 @@ def save_picture(scores: Scores, plan: Plan, tolerance: float | None, title: str
     table = describe(scores)
     figure, axes = new_figure(1, 3, 13, 3.9)
     figure.suptitle(title, fontsize=11, color=TEXT)
-    symbol = SYMBOLS[plan.metric]
+    symbol = METRICS[plan.metric].symbol
     values = scores.discrepancy(plan.metric)[scores.valid].double().numpy()
     floor = mean_discrepancy(scores, plan.metric, plan.average).value
     _histogram(axes[0], values, floor, tolerance, symbol)

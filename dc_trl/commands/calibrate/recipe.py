@@ -92,7 +92,9 @@ def _find(path: Path, text: str) -> Any:
 
 def _mappings(node: Any) -> list[Any]:
     """A node's mappings, itself included. An alias is the node that it names, so each is looked at once."""
-    found, pending, seen = [], [node], set()
+    found = []
+    pending = [node]
+    seen = set()
     while pending:
         node = pending.pop()
         if id(node) in seen:

@@ -61,8 +61,8 @@ def calibrate(script: CalibrateArguments, training: Any, model: Any) -> Calibrat
     started = time.monotonic()
     work = Path(str(training.output_dir), "calibration-work")
     server = training.vllm_server_base_url or f"{training.vllm_server_host}:{training.vllm_server_port}"
-    run: dict[str, Any] = {"model": str(model.model_name_or_path), "engine": engine_name(vars(training), server)}
-    run["settings"] = _settings(training)
+    engine = engine_name(vars(training), server)
+    settings = _settings(training)
     try:
         with training.main_process_first(desc="loading the data"):
             data, _ = load_data(script)
@@ -86,9 +86,17 @@ def calibrate(script: CalibrateArguments, training: Any, model: Any) -> Calibrat
         slack=training.tolerance_slack,
         problems_per_batch=batch / training.num_generations,
     )
-    run |= {"hardware": hardware(training.world_size), "processes": training.world_size, "versions": versions()}
-    run |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.monotonic() - started}
     verdicts = judge(measurement, plan, trainer.temperature)
+    run = {
+        "model": str(model.model_name_or_path),
+        "engine": engine,
+        "settings": settings,
+        "hardware": hardware(training.world_size),
+        "processes": training.world_size,
+        "versions": versions(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": time.monotonic() - started,
+    }
     return Calibration(run, plan, measurement, verdicts, _recommendation(measurement, plan, verdicts))
 
 

@@ -12,10 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dc_trl.discrepancy import DISCREPANCY_METRICS, discrepancy_metrics, token_discrepancy, valid_tokens
-
-# The discrepancy metrics in signs.
-SYMBOLS = {"prob_diff": "|π − μ|", "prob_ratio": "|π/μ − 1|", "logprob_diff": "|log π − log μ|"}
+from dc_trl.discrepancy import METRICS, discrepancy_metrics, token_discrepancy, valid_tokens
 
 # Edges of the buckets of π. An engine that rounds is furthest off, in |π − μ|, where π is neither 0 nor 1; in
 # |log π − log μ| where π is small.
@@ -70,9 +67,13 @@ def merge(records: list[dict[str, Any]]) -> Scores:
         parts = [record[key] for record in records]
         return torch.cat([torch.nn.functional.pad(part, (0, width - part.size(1))) for part in parts])
 
-    cut = torch.cat([record["cut"] for record in records])
-    logps = padded("train_logps"), padded("sampling_logps")
-    return Scores(*logps, padded("mask").bool(), torch.tensor(problems), cut)
+    return Scores(
+        train_logps=padded("train_logps"),
+        sampling_logps=padded("sampling_logps"),
+        mask=padded("mask").bool(),
+        problems=torch.tensor(problems),
+        cut=torch.cat([record["cut"] for record in records]),
+    )
 
 
 def join(first: Scores, second: Scores) -> Scores:
@@ -158,28 +159,37 @@ def staleness(new: Scores, old: Scores) -> Staleness:
     Returns:
         NaN where the change moved no token's log-prob; a standard error clustered by problem.
     """
-    change = (new.train_logps - old.train_logps).clamp(-CLIP, CLIP)
-    missed = (new.train_logps - new.sampling_logps).clamp(-CLIP, CLIP)
     valid = new.valid & old.valid
-    change, missed = (torch.where(valid, x, 0.0).double() for x in (change, missed))
+    change = _clipped(new.train_logps - old.train_logps, valid)
+    missed = _clipped(new.train_logps - new.sampling_logps, valid)
     size = (change**2).sum()
     if not size:
         return Staleness(math.nan, math.nan)
     slope = (change * missed).sum() / size
     residuals = (change * (missed - slope * change)).sum(1)
-    problems = torch.zeros(int(new.problems.max()) + 1, dtype=torch.float64).index_add_(0, new.problems, residuals)
-    return Staleness(slope.item(), (problems.norm() / size).item())
+    return Staleness(slope.item(), (_by_problem(residuals, new.problems).norm() / size).item())
+
+
+def _clipped(difference: Tensor, valid: Tensor) -> Tensor:
+    """Differences of log-probs, (B, T) float64, within ±`CLIP`; 0 at tokens that are not valid."""
+    return torch.where(valid, difference.clamp(-CLIP, CLIP), 0.0).double()
 
 
 def _clusters(scores: Scores, metric: str, average: str) -> tuple[np.ndarray, np.ndarray]:
     """Each problem's sum S_c and weight N_c, (problems,) float64 each."""
     valid = scores.valid
-    totals, tokens = scores.discrepancy(metric).double().sum(1), valid.double().sum(1)
+    totals = scores.discrepancy(metric).double().sum(1)
+    weights = valid.double().sum(1)
     if average == "trajectory":
-        totals, tokens = totals / tokens.clamp(min=1), valid.any(1).double()
-    size = int(scores.problems.max()) + 1
-    sums = [torch.zeros(size, dtype=torch.float64).index_add_(0, scores.problems, x) for x in (totals, tokens)]
-    return sums[0].numpy(), sums[1].numpy()
+        totals = totals / weights.clamp(min=1)
+        weights = valid.any(1).double()
+    return _by_problem(totals, scores.problems).numpy(), _by_problem(weights, scores.problems).numpy()
+
+
+def _by_problem(values: Tensor, problems: Tensor) -> Tensor:
+    """Sums of the completions' values, (B,), over each problem, (problems,) float64."""
+    size = int(problems.max()) + 1
+    return torch.zeros(size, dtype=torch.float64).index_add_(0, problems, values)
 
 
 # Tables
@@ -194,7 +204,7 @@ def describe(scores: Scores) -> dict[str, Any]:
         `dc`, what the trainer would log under `dc/`. Means are over tokens. Numbers that do not exist are None.
     """
     valid = scores.valid
-    values = {metric: scores.discrepancy(metric)[valid].double().numpy() for metric in DISCREPANCY_METRICS}
+    values = {metric: scores.discrepancy(metric)[valid].double().numpy() for metric in METRICS}
     logged = discrepancy_metrics(scores.train_logps, scores.sampling_logps, scores.mask)
     probability = scores.train_logps[valid].double().exp().numpy()
     position = valid.nonzero()[:, 1].numpy()
@@ -215,8 +225,12 @@ def distribution(values: np.ndarray) -> dict[str, float | None]:
     """Mean, median, 99th percentile and maximum, exact; None where there are no values."""
     if not len(values):
         return dict.fromkeys(("mean", "p50", "p99", "max"))
-    p50, p99 = np.quantile(values, [0.5, 0.99])
-    return {"mean": float(values.mean()), "p50": float(p50), "p99": float(p99), "max": float(values.max())}
+    return {
+        "mean": float(values.mean()),
+        "p50": float(np.quantile(values, 0.5)),
+        "p99": float(np.quantile(values, 0.99)),
+        "max": float(values.max()),
+    }
 
 
 def position_edges(longest: int) -> np.ndarray:

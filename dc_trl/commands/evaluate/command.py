@@ -95,13 +95,23 @@ def chosen_benchmarks(args: Any) -> list[Benchmark]:
     if unknown:
         raise UsageError(f"--benchmarks has {unknown[0]!r}: it must be of {', '.join(BENCHMARKS)}.")
     chosen = [BENCHMARKS[name] for name in names]
-    columns = (args.problem_column, args.answer_column)
     for dataset in args.dataset:
         path = Path(dataset).absolute()
         name = path.stem if path.suffix in FORMATS else path.name
         known = BENCHMARKS.get(name, Benchmark(name, name, "", _LOCAL_SAMPLES))
-        split, config = args.dataset_split, args.dataset_config
-        chosen.append(Benchmark(name, known.title, dataset, known.samples, split, config, *columns, known.problems))
+        chosen.append(
+            Benchmark(
+                name=name,
+                title=known.title,
+                dataset=dataset,
+                samples=known.samples,
+                split=args.dataset_split,
+                config=args.dataset_config,
+                problem_column=args.problem_column,
+                answer_column=args.answer_column,
+                problems=known.problems,
+            )
+        )
     name, count = Counter(benchmark.name for benchmark in chosen).most_common(1)[0]
     if count > 1:
         raise UsageError(f"{count} benchmarks are named {name}, and a result is known by its name: rename the file.")

@@ -121,8 +121,9 @@ class TransformersEngine:
         model = AutoModelForCausalLM.from_pretrained(self.model, revision=self.revision, dtype=self.dtype)
         accelerator = Accelerator()
         configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-        ends = [configured] if isinstance(configured, int) else list(configured or [])
-        self._ends = {*ends, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else [])}
+        self._ends = {configured} if isinstance(configured, int) else set(configured or [])
+        if self.tokenizer.eos_token_id is not None:
+            self._ends.add(self.tokenizer.eos_token_id)
         self._generation = TransformersGeneration(
             model.to(accelerator.device).eval(),
             accelerator,

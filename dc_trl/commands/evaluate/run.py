@@ -67,9 +67,11 @@ class Evaluation:
         max_tokens = self._room(benchmark, max(map(len, prompts.values())))
         limit = self.args.limit if len(problems) == self.args.limit else None
         draws = planned_draws(problems, benchmark.samples, self.args.seed)
-        settings, save = self._settings(benchmark, max_tokens, limit), self.args.save_completions
+        settings = self._settings(benchmark, max_tokens, limit)
         with SampleFile(self.folder / "samples", benchmark.name, settings) as file:
-            records = sample_benchmark(draws, prompts, self.engine, max_tokens, file, self.judge, save)
+            records = sample_benchmark(
+                draws, prompts, self.engine, max_tokens, file, self.judge, self.args.save_completions
+            )
         result = self._result(benchmark, max_tokens, limit, file.key) | summarize(records)
         append_result(self.folder, result)
         print(f"{benchmark.title}, {result['metric']}: {score(result['mean'], result['stderr'])} %", flush=True)
@@ -146,7 +148,8 @@ def make_engine(args: Any, config: Any, tokenizer: Any) -> Engine:
         UsageError: vLLM is not installed, the server does not answer, or an option is not the engine's.
     """
     sampling = Sampling(args.temperature, args.top_p)
-    model, revision = args.model_name_or_path, args.model_revision
+    model = args.model_name_or_path
+    revision = args.model_revision
     if args.engine == "vllm":
         if args.precision:
             raise UsageError(

@@ -164,8 +164,16 @@ def _judged(waiting: list[tuple[Draw, Completion]], judge: Judge, save_completio
     verdicts = judge(texts, [draw.problem.gold for draw, _ in waiting])
     records = []
     for (draw, completion), correct in zip(waiting, verdicts, strict=True):
-        record: Record = {"problem": draw.problem.index, "hash": draw.problem.hash, "sample": draw.sample}
-        record |= {"seed": draw.seed, "tokens": completion.tokens, "truncated": completion.truncated}
-        record["correct"] = correct
-        records.append(record | ({"completion": completion.text} if save_completions else {}))
+        record: Record = {
+            "problem": draw.problem.index,
+            "hash": draw.problem.hash,
+            "sample": draw.sample,
+            "seed": draw.seed,
+            "tokens": completion.tokens,
+            "truncated": completion.truncated,
+            "correct": correct,
+        }
+        if save_completions:
+            record["completion"] = completion.text
+        records.append(record)
     return records

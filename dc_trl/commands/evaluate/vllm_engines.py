@@ -185,7 +185,9 @@ class ServerEngine:
             "top_p": self.sampling.top_p,
             "seed": request.seed,
             # Named, or the server takes the values of the model's generation_config.json.
-            **{"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
         }
         try:
             answer = self._session.post(f"{self.base_url}/v1/completions", json=body)
@@ -193,9 +195,9 @@ class ServerEngine:
             raise ConnectionError(f"the vLLM server at {self.base_url} failed: {error}") from error
         if not answer.ok:
             raise ConnectionError(f"the vLLM server refused a request ({answer.status_code}): {answer.text[:1000]}")
-        choice, usage = answer.json()["choices"][0], answer.json()["usage"]
-        truncated = _was_truncated(choice["finish_reason"])
-        return Completion(choice["text"], usage["completion_tokens"], truncated)
+        reply = answer.json()
+        choice = reply["choices"][0]
+        return Completion(choice["text"], reply["usage"]["completion_tokens"], _was_truncated(choice["finish_reason"]))
 
 
 def _was_truncated(finish_reason: str | None) -> bool:

@@ -92,7 +92,9 @@ def figure(panel: Panel, runs: list[Run]) -> dict[str, Any] | None:
 def _domains(rows: list[Row]) -> list[tuple[float, float]]:
     """Vertical extent of each row, from the top; fractions of the plot."""
     room = 1 - _GAP * (len(rows) - 1)
-    total, top, domains = sum(row.share for row in rows), 1.0, []
+    total = sum(row.share for row in rows)
+    top = 1.0
+    domains = []
     for row in rows:
         height = room * row.share / total
         domains.append((round(max(top - height, 0), 4), round(top, 4)))
@@ -143,16 +145,32 @@ def _band(series: Series, run: Run, index: int, axis: str, opacity: float) -> li
     if series.band is None:
         return []
     widths = dict(zip(*points(run, series.band), strict=True))
-    middle = zip(*points(run, series.key), strict=True)
-    outline = [(s, m, w) for s, m in middle if m is not None and (w := widths.get(s)) is not None]
-    there, back = [(s, m + w) for s, m, w in outline], [(s, m - w) for s, m, w in reversed(outline)]
-    if not outline:
+    upper = []
+    lower = []
+    for step, value in zip(*points(run, series.key), strict=True):
+        width = widths.get(step)
+        if value is not None and width is not None:
+            upper.append((step, value + width))
+            lower.append((step, value - width))
+    if not upper:
         return []
-    band = {"type": "scatter", "mode": "lines", "yaxis": axis, "line": {"width": 0, "color": color(index)}}
-    x, y = zip(*(there + back), strict=True)
-    filled = {"fill": "toself", "fillcolor": color(index), "opacity": opacity, "hoverinfo": "skip"}
-    y = tuple(float(f"{value:.{_DIGITS}g}") for value in y)
-    return [band | filled | {"x": list(x), "y": list(y), "showlegend": False, "legendgroup": str(index)}]
+    outline = upper + lower[::-1]
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "yaxis": axis,
+            "line": {"width": 0, "color": color(index)},
+            "fill": "toself",
+            "fillcolor": color(index),
+            "opacity": opacity,
+            "hoverinfo": "skip",
+            "x": [step for step, _ in outline],
+            "y": [float(f"{value:.{_DIGITS}g}") for _, value in outline],
+            "showlegend": False,
+            "legendgroup": str(index),
+        }
+    ]
 
 
 # Marks

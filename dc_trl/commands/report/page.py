@@ -105,7 +105,8 @@ def _summary(runs: list[Run], ages: list[float]) -> str:
 
 def _summary_row(index: int, run: Run, age: float) -> str:
     cells = {"step": _progress(run)} | {name: number(last(run, key)) for name, key in _SUMMARY.items()}
-    mean, tolerance = last(run, "dc/discrepancy/mean"), last(run, "dc/tolerance")
+    mean = last(run, "dc/discrepancy/mean")
+    tolerance = last(run, "dc/tolerance")
     if is_finite(mean) and is_finite(tolerance) and tolerance > 0:
         side = "above" if mean > tolerance else "within"
         cells["discrepancy"] += f'<small class="{side}">{mean / tolerance:.0%} of tolerance</small>'
@@ -118,7 +119,8 @@ def _summary_row(index: int, run: Run, age: float) -> str:
 
 
 def _progress(run: Run) -> str:
-    done, total = last(run, "step") or 0, run.start.get("max_steps") or 0
+    done = last(run, "step") or 0
+    total = run.start.get("max_steps") or 0
     if total <= 0:
         return number(done)
     return f'{number(done)} of {number(total)}<progress value="{done}" max="{total}" aria-hidden="true"></progress>'

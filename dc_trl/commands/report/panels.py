@@ -3,7 +3,10 @@
 
 from dataclasses import dataclass
 
-MAIN, SECOND, LIMIT, POINTS = "main", "second", "limit", "points"
+MAIN = "main"
+SECOND = "second"
+LIMIT = "limit"
+POINTS = "points"
 
 STYLES = {MAIN: "solid", SECOND: "dotted", LIMIT: "dashed", POINTS: "diamonds"}
 """How each kind of series is drawn, in words for the reader."""

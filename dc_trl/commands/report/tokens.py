@@ -24,8 +24,12 @@ TOKENS = 60_000
 TOP = 20
 """Rows of the table of the tokens that disagree most."""
 
-_CONTEXT, _CONTEXT_TEXT = 6, 24  # tokens, and characters of them, on either side of a token in that table
-_TOKEN_TEXT, _PROMPT_TEXT = 80, 2_000  # characters
+# On either side of a token in that table: tokens, and characters of them.
+_CONTEXT = 6
+_CONTEXT_TEXT = 24
+# Characters of a token and of a prompt.
+_TOKEN_TEXT = 80
+_PROMPT_TEXT = 2_000
 _CANDIDATES = 20  # tokens looked at for each row of that table
 _DIGITS = 5
 
@@ -265,10 +269,23 @@ def _histogram(mu: np.ndarray, discrepancy: np.ndarray) -> dict[str, Any]:
     means = [_rounded(group.mean()) if len(group) else None for group in groups]
     tails = [_rounded(np.quantile(group, 0.99)) if len(group) else None for group in groups]
     counts = [f"{len(group):,} tokens" for group in groups]
-    bars: dict[str, Any] = {"type": "bar", "name": "mean", "x": names, "y": means, "marker": {"color": "var(--run-0)"}}
-    bars |= {"customdata": counts, "hovertemplate": "%{y:.4g}, %{customdata}"}
-    marks: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": "99th percentile", "x": names, "y": tails}
-    marks |= {"marker": {"symbol": "line-ew-open", "size": 16, "color": "var(--limit)", "line": {"width": 2}}}
+    bars = {
+        "type": "bar",
+        "name": "mean",
+        "x": names,
+        "y": means,
+        "marker": {"color": "var(--run-0)"},
+        "customdata": counts,
+        "hovertemplate": "%{y:.4g}, %{customdata}",
+    }
+    marks = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "99th percentile",
+        "x": names,
+        "y": tails,
+        "marker": {"symbol": "line-ew-open", "size": 16, "color": "var(--limit)", "line": {"width": 2}},
+    }
     title = {"text": "sampling probability μ"}
     axis = {"type": "category", "nticks": len(names), "title": title}
     return {"data": [bars, marks], "layout": {"xaxis": axis, "yaxis": {"rangemode": "tozero"}, "showlegend": True}}

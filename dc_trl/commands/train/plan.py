@@ -181,18 +181,26 @@ def state_bytes(model: ModelSize, launch: Launch, bf16: bool = True, weight_byte
     Raises:
         ValueError: for an unknown sharding.
     """
-    p, n = model.parameters, launch.processes
-    compute = 2 if bf16 else 4
+    whole = model.parameters
+    share = whole / launch.processes
     if launch.sharding == "none":
-        copies = 2 * p if bf16 and weight_bytes == 4 else 0
-        gradients = weight_bytes * p * (2 if n > 1 else 1)
-        return {"weights": weight_bytes * p + copies, "gradients": gradients, "optimizer": 2 * weight_bytes * p}
+        copies = 2 * whole if bf16 and weight_bytes == 4 else 0
+        buckets = weight_bytes * whole if launch.processes > 1 else 0
+        return {
+            "weights": weight_bytes * whole + copies,
+            "gradients": weight_bytes * whole + buckets,
+            "optimizer": 2 * weight_bytes * whole,
+        }
     if launch.sharding == "fsdp2":
         full = 4 if bf16 else weight_bytes
-        return {"weights": full * p / n, "gradients": full * p / n, "optimizer": 2 * full * p / n}
+        return {"weights": full * share, "gradients": full * share, "optimizer": 2 * full * share}
     if launch.sharding in ("zero2", "zero3"):
-        weights = compute * p / (n if launch.sharding == "zero3" else 1)
-        return {"weights": weights, "gradients": compute * p / n, "optimizer": (12 if bf16 else 8) * p / n}
+        compute = 2 if bf16 else 4
+        return {
+            "weights": compute * (share if launch.sharding == "zero3" else whole),
+            "gradients": compute * share,
+            "optimizer": (12 if bf16 else 8) * share,
+        }
     raise ValueError(f"`sharding` is {launch.sharding!r}: use one of {SHARDINGS}.")
 
 

@@ -68,7 +68,9 @@ def _panel(axis: Axes, title: str, train: Series, evaluation: Series, limit: flo
         axis.axhline(limit, color=VERMILION, linestyle="--", linewidth=1.2, label=f"tolerance {limit:.3g}")
     if evaluation.steps or limit is not None:
         axis.legend(fontsize=7, frameon=False, labelcolor=TEXT)
-    values = [*train.values, *evaluation.values, *([] if limit is None else [limit])]
+    values = train.values + evaluation.values
+    if limit is not None:
+        values.append(limit)
     if min(values) >= 0:
         axis.set_ylim(0, 1.08 * max(values) or 1.0)  # an axis that starts elsewhere makes noise look like a trend
     dress(axis, title, "optimizer step")

@@ -10,7 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # From a palette that colour-blind readers can tell apart (Okabe and Ito).
-BLUE, LIGHT_BLUE, ORANGE, VERMILION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
+BLUE = "#0072B2"
+LIGHT_BLUE = "#56B4E9"
+ORANGE = "#E69F00"
+VERMILION = "#D55E00"
 TEXT = "#333333"
 
 _COLOURS = 192

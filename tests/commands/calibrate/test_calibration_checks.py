@@ -10,8 +10,11 @@ from PIL import Image
 
 from dc_trl.commands.calibrate import checks, run, scores
 from dc_trl.commands.calibrate.checks import Plan
+from dc_trl.commands.calibrate.measure import Measurement
+from dc_trl.commands.calibrate.output import Calibration, as_json, as_text
 from dc_trl.commands.calibrate.picture import save_picture
 from dc_trl.commands.calibrate.scores import Scores
+from dc_trl.discrepancy import METRICS, DiscrepancyMetric
 
 PLAN = Plan("prob_diff", "trajectory", 1.25, 8)
 
@@ -250,6 +253,27 @@ def test_batches_are_whole(
 def test_no_whole_batch() -> None:
     with pytest.raises(ValueError, match="at least 3 problems"):
         run.plan_batches(2, 1000, 4, 60, 3)
+
+
+def test_a_new_discrepancy_metric_is_one_entry_of_one_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def squared(train_logps: torch.Tensor, sampling_logps: torch.Tensor) -> torch.Tensor:
+        return (train_logps.exp() - sampling_logps.exp()) ** 2
+
+    monkeypatch.setitem(METRICS, "prob_square", DiscrepancyMetric(squared, "(π − μ)²", 1e-9))
+    plan = Plan("prob_square", "token", 1.25, 8)
+    found = batch(torch.tensor([[0.5], [0.5]]).log(), torch.tensor([[0.4], [0.3]]).log())
+    # (0.1² + 0.2²) / 2
+    assert scores.describe(found)["metrics"]["prob_square"]["mean"] == pytest.approx(0.025, rel=1e-4)
+    assert checks.recommend(found, plan).tolerance is not None
+    alike = batch(torch.tensor([[0.5], [0.5]]).log(), torch.tensor([[0.50001], [0.5]]).log())
+    assert checks.recommend(alike, plan).tolerance is None  # (1e-5)² / 2 < 1e-9
+    verdicts = [checks.check_scored(found)]
+    work = {"model": "tiny", "engine": "none", "hardware": "none", "seconds": 1.0, "settings": {"temperature": 1.0}}
+    calibration = Calibration(work, plan, Measurement(found, found, found), verdicts, checks.recommend(found, plan))
+    text = as_text(calibration)
+    assert "floor: mean (π − μ)² by token 0.025" in text and "prob_square   (π − μ)²" in text
+    assert '"prob_square"' in as_json(calibration)
+    save_picture(found, plan, None, "a title", tmp_path / "new.png")
 
 
 # The picture
