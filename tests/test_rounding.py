@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dc_trl.rollouts.quantization import fake_quantize
 from dc_trl.rollouts.rounding import BLOCK, NOISE_STEPS, Dither, is_coarser, round_to_format
 
 CASTS = [torch.bfloat16, torch.float16]
@@ -49,7 +50,7 @@ def test_worked_by_hand() -> None:
 @pytest.mark.parametrize("scale", [1.0, 2e-2, 3e-6, 1e-8])
 @pytest.mark.parametrize("outwards", [False, True], ids=["signed", "magnitude"])
 def test_unbiased(dtype: torch.dtype, scale: float, outwards: bool) -> None:
-    """Σ (q − w) over its standard deviation is a standard normal number: their sum over n seeds is within 3 √n of 0."""
+    """Σ (q − w) over its standard deviation is a standard normal number: over n seeds their sum is within 3 √n."""
     scores = []
     for seed in range(10):
         weight = scale * torch.randn(200_000, generator=torch.Generator().manual_seed(seed))
@@ -67,7 +68,7 @@ def test_unbiased(dtype: torch.dtype, scale: float, outwards: bool) -> None:
 
 @pytest.mark.parametrize("fraction", [0.45, 0.045, 0.0036])
 def test_a_small_move_arrives_in_expectation_and_nearest_loses_it(fraction: float) -> None:
-    """Of weights moved by the fraction f of a step, f flip, by a whole step; rounding to nearest moves none of them."""
+    """Of weights moved by the fraction f of a step, f flip, by a whole step; rounding to nearest moves none."""
     weight = on_grid(torch.bfloat16, 400_000).abs().clamp(1e-3, 1.0).bfloat16().float()
     ulp = torch.exp2(torch.floor(torch.log2(weight))) / 128
     moved = weight + fraction * ulp
@@ -201,3 +202,26 @@ def test_fp8_codes_by_hand() -> None:
     # A negative value is rounded as a number, not as a magnitude: −8.5 + 0.25 goes to −8.
     expected = torch.tensor([16.0, 16.0, 18.0, -16.0, 448.0, 2.0**-9, 2.0**-8])
     assert torch.equal(round_to_format(values, noise, torch.float8_e4m3fn), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4", "int3"])
+def test_codes_are_dithered_without_bias_on_the_grid_of_nearest(precision: str) -> None:
+    weight = 0.02 * torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for seed in range(20):
+        error = fake_quantize(weight, precision, Dither(seed).noise(weight, "w")) - weight
+        scores.append(float(error.sum() / error.norm()))
+    assert abs(sum(scores)) < 3 * math.sqrt(len(scores))
+    nearest = fake_quantize(weight, precision)
+    # What is a code's value already is kept, the largest of each group among them; and so is the scale.
+    again = fake_quantize(nearest, precision, Dither(0).noise(weight, "w"))
+    torch.testing.assert_close(again, nearest, rtol=1e-6, atol=0)
+    # E[e²] of the dither is step²/6, of rounding to nearest step²/12.
+    assert error.norm() / (nearest - weight).norm() == pytest.approx(math.sqrt(2), rel=0.05)
+
+
+def test_int8_codes_by_hand() -> None:
+    # Scale 1: 127 / 127. round(2.4 + 0.2) = 3, round(-2.4 + 0.2) = -2, and the largest code stays.
+    weight = torch.tensor([[127.0, 2.4, -2.4, 0.0]])
+    noise = torch.tensor([[0.49, 0.2, 0.2, -0.49]])
+    assert fake_quantize(weight, "int8", noise).tolist() == [[127.0, 3.0, -2.0, 0.0]]

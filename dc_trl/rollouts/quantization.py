@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dc_trl.rollouts.rounding import round_to_format
+
 logger = logging.getLogger(__name__)
 
 CAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,7 +51,7 @@ def compute_dtype(precision: str | None, trained: torch.dtype, device: torch.dev
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def fake_quantize(weight: torch.Tensor, precision: str) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, precision: str, noise: torch.Tensor | None = None) -> torch.Tensor:
     """Round a weight to the nearest value that `precision` can represent and return it dequantised, in float32.
 
     Symmetric round to nearest with scale = max |w| / largest code. int8 and fp8 (e4m3) have one scale per output
@@ -58,18 +60,30 @@ def fake_quantize(weight: torch.Tensor, precision: str) -> torch.Tensor:
     Args:
         weight: (..., input), any floating dtype; each vector along the last dimension is quantised by itself.
         precision: one of fp8, int8, int4, int3.
+        noise: u of a dither (`dc_trl.rollouts.rounding`), of the weight's shape, in steps of the codes: the code is
+            round(weight / scale + u). The scale is that of rounding to nearest, so that the largest code is the same.
     """
     weight = weight.float()
     width = weight.shape[-1]
     group = GROUP_SIZE if precision in ("int4", "int3") else width
-    # Zeros in the last, short group change neither its maximum nor its scale.
-    groups = F.pad(weight, (0, -width % group)).unflatten(-1, (-1, group))
+    groups = _grouped(weight, group)
     peak = groups.abs().amax(dim=-1, keepdim=True)
     largest = _largest_code(precision)
     scale = torch.where(peak > 0, peak / largest, torch.ones_like(peak))  # an all-zero group stays zero
     codes = (groups / scale).clamp(-largest, largest)
-    codes = _round_to_e4m3(codes) if precision == "fp8" else codes.round()
+    codes = _round_codes(codes, precision, None if noise is None else _grouped(noise, group))
     return (codes * scale).flatten(-2)[..., :width]
+
+
+def _grouped(values: torch.Tensor, group: int) -> torch.Tensor:
+    """(..., input) as (..., groups, group). Zeros in the last, short group change neither its peak nor its scale."""
+    return F.pad(values, (0, -values.shape[-1] % group)).unflatten(-1, (-1, group))
+
+
+def _round_codes(codes: torch.Tensor, precision: str, noise: torch.Tensor | None) -> torch.Tensor:
+    if precision == "fp8":
+        return _round_to_e4m3(codes) if noise is None else round_to_format(codes, noise, torch.float8_e4m3fn)
+    return codes.round() if noise is None else (codes + noise).round()
 
 
 def _largest_code(precision: str) -> float:

@@ -8,10 +8,10 @@ flips the weight with probability |δ| / ulp, so the rounded weights follow in e
 as u is kept, nothing moves from one cast to the next unless the weight did.
 
 u is not stored. It is a hash of the seed, the tensor's name and the element's index in the whole tensor, and so the
-same on every rank, after a resume, on any device and for any shard. The hash is the product, modulo 2^16, of two random
-odd numbers: one looked up by the low bits of the index, one made from the seed, the name and the rest of the index.
-That takes two integer operations an element where a hash that mixes bits takes eight, and the cast is bound by memory:
-the exclusive or would save one more, but leave the noise of two blocks correlated by 0.6 instead of 0.01.
+same on every rank, after a resume, on any device and for any shard. The hash is the product, modulo 2^16, of two
+random odd numbers: one looked up by the low bits of the index, one made from the seed, the name and the rest of the
+index. That takes two integer operations an element, where a hash that mixes bits takes eight. (The exclusive or of the
+two would save one more, but leave the noise of two blocks correlated by 0.6 instead of 0.01.)
 """
 
 import hashlib
@@ -96,7 +96,7 @@ class Dither:
         return out
 
     def _steps(self, name: str, flat: Tensor, start: int | Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield `(low, high, (u + ½) · NOISE_STEPS)` for the pieces of a flattened tensor; the int32 tensor is reused."""
+        """Yield `(low, high, (u + ½) · NOISE_STEPS)` for the pieces of a flattened tensor; the int32 one is reused."""
         key = _name_key(self.seed, name)
         table = _table(flat.device)
         size = _piece_size(flat.device)
@@ -144,7 +144,7 @@ def _round_piece(out: Tensor, values: Tensor, steps: Tensor) -> None:
     """Round float32 `values` (n,) into `out` (n,); `steps` (n,) is (u + ½) · NOISE_STEPS and is overwritten."""
     if out.dtype == torch.bfloat16:
         # bfloat16 is the upper half of a float32, so the lower half, as an integer, is the distance to the grid in
-        # units of 1 / NOISE_STEPS of its step: adding u + ½ there and cutting it off rounds w / ulp + u to the nearest.
+        # units of 1 / NOISE_STEPS of its step: adding u + ½ there and cutting it off rounds w / ulp + u to nearest.
         # Magnitudes are rounded, so it is symmetric; a lower half of 0 never carries into the upper one.
         steps.add_(values.view(torch.int32)).bitwise_and_(-NOISE_STEPS)
         out.copy_(steps.view(torch.float32))
