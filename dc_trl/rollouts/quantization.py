@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from dc_trl.rollouts.rounding import round_to_format
+from dc_trl.rollouts.rounding import Dither, round_to_format
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,8 @@ class PolicyCopy:
         live: the training model without wrappers around it; adapters may be inside it.
         precision: one of `PRECISIONS`, or None.
         device: where the copy lives.
+        dither: rounds what is rounded with a fixed dither, so that the copy follows small updates; None rounds to
+            nearest.
 
     Attributes:
         model: the copy, in eval mode, without gradients.
@@ -175,10 +177,13 @@ class PolicyCopy:
             simulated fused experts).
     """
 
-    def __init__(self, live: PreTrainedModel, precision: str | None, device: torch.device) -> None:
+    def __init__(
+        self, live: PreTrainedModel, precision: str | None, device: torch.device, dither: Dither | None = None
+    ) -> None:
         check_precision(precision)
         self.precision = precision
         self.device = device
+        self.dither = dither
         trained = _trained_dtype(live)
         self.dtype = compute_dtype(precision, trained, device)
         self.model = _build_like(live, self.dtype, device)
@@ -222,14 +227,33 @@ class PolicyCopy:
     def _store(self, name: str, tensor: torch.Tensor) -> None:
         prefix, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(prefix)
+        precision = str(self.precision)
         if name in self._real:
-            # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
-            weight = tensor.to(self.device, self.dtype, copy=True)
-            setattr(owner, leaf, real_weight(weight, str(self.precision)))
+            setattr(owner, leaf, self._real_weight(name, tensor))
             return
         if name in self._quantized:
-            tensor = fake_quantize(tensor.to(self.device), str(self.precision))
+            tensor = tensor.to(self.device)
+            tensor = fake_quantize(tensor, precision, self._noise(name, tensor))
+        elif self.dither is not None:
+            self.dither.cast_into(getattr(owner, leaf), tensor, name)
+            return
         getattr(owner, leaf).copy_(tensor)
+
+    def _noise(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        return None if self.dither is None else self.dither.noise(tensor, name)
+
+    def _real_weight(self, name: str, tensor: torch.Tensor) -> nn.Parameter:
+        if self.dither is None:
+            # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
+            return real_weight(tensor.to(self.device, self.dtype, copy=True), str(self.precision))
+        tensor = tensor.to(self.device)
+        weight = fake_quantize(tensor, str(self.precision), self._noise(name, tensor))
+        return real_weight(weight.to(self.dtype), str(self.precision))
+
+    def deployed(self, name: str) -> torch.Tensor:
+        """A parameter's values as they sample, dequantised where they are quantised; for measurements."""
+        parameter = self.model.get_parameter(name)
+        return parameter.dequantize() if name in self._real else parameter  # type: ignore[operator]
 
 
 def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
