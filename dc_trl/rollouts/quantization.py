@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from dc_trl.rollouts.precisions import CAST_DTYPES, INTEGER_BITS, PRECISIONS, QUANTIZED_PRECISIONS
+from dc_trl.rollouts.rounding import Dither, round_to_format
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ def compute_dtype(precision: str | None, trained: torch.dtype, device: torch.dev
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def fake_quantize(weight: torch.Tensor, precision: str, input_dim: int = -1) -> torch.Tensor:
+def fake_quantize(
+    weight: torch.Tensor, precision: str, input_dim: int = -1, noise: torch.Tensor | None = None
+) -> torch.Tensor:
     """Round a weight to the nearest value that `precision` can represent and return it dequantised, in float32.
 
     Symmetric round to nearest with scale = max |w| / largest code. int8 and fp8 (e4m3) have one scale per output
@@ -62,20 +65,33 @@ def fake_quantize(weight: torch.Tensor, precision: str, input_dim: int = -1) -> 
         weight: any shape and floating dtype; each vector along `input_dim` is quantised by itself.
         precision: one of fp8, int8, int4, int3.
         input_dim: the dimension that the multiplication sums over: the last in `nn.Linear`.
+        noise: u of a dither (`dc_trl.rollouts.rounding`), of the weight's shape, in steps of the codes: the code is
+            round(weight / scale + u). The scale is that of rounding to nearest, so that the largest code is the same.
     """
     if input_dim != -1:
-        return fake_quantize(weight.transpose(input_dim, -1), precision).transpose(input_dim, -1)
+        turned = None if noise is None else noise.transpose(input_dim, -1)
+        return fake_quantize(weight.transpose(input_dim, -1), precision, noise=turned).transpose(input_dim, -1)
     weight = weight.float()
     width = weight.shape[-1]
     group = GROUP_SIZE if precision in ("int4", "int3") else width
-    # Zeros in the last, short group change neither its maximum nor its scale.
-    groups = F.pad(weight, (0, -width % group)).unflatten(-1, (-1, group))
+    groups = _grouped(weight, group)
     peak = groups.abs().amax(dim=-1, keepdim=True)
     largest = _largest_code(precision)
     scale = torch.where(peak > 0, peak / largest, torch.ones_like(peak))  # an all-zero group stays zero
     codes = (groups / scale).clamp(-largest, largest)
-    codes = _round_to_e4m3(codes) if precision == "fp8" else codes.round()
+    codes = _round_codes(codes, precision, None if noise is None else _grouped(noise, group))
     return (codes * scale).flatten(-2)[..., :width]
+
+
+def _grouped(values: torch.Tensor, group: int) -> torch.Tensor:
+    """(..., input) as (..., groups, group). Zeros in the last, short group change neither its peak nor its scale."""
+    return F.pad(values, (0, -values.shape[-1] % group)).unflatten(-1, (-1, group))
+
+
+def _round_codes(codes: torch.Tensor, precision: str, noise: torch.Tensor | None) -> torch.Tensor:
+    if precision == "fp8":
+        return _round_to_e4m3(codes) if noise is None else round_to_format(codes, noise, torch.float8_e4m3fn)
+    return codes.round() if noise is None else (codes + noise).round()
 
 
 def _largest_code(precision: str) -> float:
@@ -179,6 +195,8 @@ class PolicyCopy:
         live: the training model without wrappers around it; adapters may be inside it.
         precision: one of `PRECISIONS`, or None.
         device: where the copy lives.
+        dither: rounds what is rounded with a fixed dither, so that the copy follows small updates; None rounds to
+            nearest.
 
     Attributes:
         model: the copy, in eval mode, without gradients.
@@ -186,10 +204,13 @@ class PolicyCopy:
             simulated fused experts).
     """
 
-    def __init__(self, live: PreTrainedModel, precision: str | None, device: torch.device) -> None:
+    def __init__(
+        self, live: PreTrainedModel, precision: str | None, device: torch.device, dither: Dither | None = None
+    ) -> None:
         check_precision(precision)
         self.precision = precision
         self.device = device
+        self.dither = dither
         self.dtype, self._float32_head = self._dtypes(live)
         self.model = _build_like(live, self.dtype, device)
         if self._float32_head:
@@ -249,18 +270,31 @@ class PolicyCopy:
         """Copy one live tensor in, rounded to what the copy holds under that name. The tensor is only read."""
         if name in self._quantized:
             self._load_quantized(name, tensor)
+        elif self.dither is not None:
+            self.dither.cast_into(self._targets[name], tensor, name)
         else:
             self._targets[name].copy_(tensor)
 
     def _load_quantized(self, name: str, tensor: torch.Tensor) -> None:
-        precision = str(self.precision)
         if name not in self._real:
-            self._targets[name].copy_(fake_quantize(tensor.to(self.device), precision, self._quantized[name]))
+            self._targets[name].copy_(self._fake(name, tensor.to(self.device)))
             return
         prefix, _, leaf = name.rpartition(".")
-        # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
-        weight = tensor.to(self.device, self.dtype, copy=True)
-        setattr(self.model.get_submodule(prefix), leaf, real_weight(weight, precision))
+        if self.dither is None:
+            # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
+            weight = tensor.to(self.device, self.dtype, copy=True)
+        else:
+            weight = self._fake(name, tensor.to(self.device)).to(self.dtype)
+        setattr(self.model.get_submodule(prefix), leaf, real_weight(weight, str(self.precision)))
+
+    def _fake(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        noise = None if self.dither is None else self.dither.noise(tensor, name)
+        return fake_quantize(tensor, str(self.precision), self._quantized[name], noise)
+
+    def deployed(self, name: str) -> torch.Tensor:
+        """A parameter's values as they sample, dequantised where they are quantised; for measurements."""
+        parameter = self.model.get_parameter(name)
+        return parameter.dequantize() if name in self._real else parameter
 
 
 def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
