@@ -3,11 +3,12 @@
 
 import json
 import textwrap
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
@@ -31,6 +32,8 @@ from dc_trl.estimators import GroupEstimatorsTrainer
 from dc_trl.importance import importance_sampling_ratio
 from dc_trl.instruments import Instruments
 from dc_trl.rollouts import factory
+from dc_trl.rollouts.router_replay import RouterReplay, pad_routes
+from dc_trl.rollouts.weights import plain_model
 from dc_trl.run_log import RunLogCallback
 from dc_trl.token_log import TokenLog
 
@@ -55,7 +58,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     - `_compute_loss` and, while it runs, `_get_per_token_logps_and_entropies`: its log-probs are π, from which penalty
       and importance ratio are filled in between forward and loss. It reads `advantages`, (B,) or (B, T), and
       `importance_sampling_ratio` after that forward.
-    - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends
+    - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends; the former's end is also
+      that of the backward pass, up to which router replay holds
     - `log`: metrics of length-decay and of the gradient norm
     - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`: state
     - `vllm_generation`: the slot of the rollout engine, `sync_weights()` and `generate()`
@@ -96,6 +100,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
                 "parameters. Rename GRPOConfig to DCGRPOConfig."
             )
         factory.check_log_prob_source(args, kwargs.get("rollout_func"))
+        turns = ("rollout_func", "tools", "environment_factory")
+        factory.check_route_source(args, **{name: kwargs.get(name) for name in turns})
         self.dual = DualVariable(args.multiplier_init, args.dual_lr, args.multiplier_max)
         self._constraint = DiscrepancyConstraint(
             args.constraint,
@@ -105,6 +111,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         self._instruments = Instruments()
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
         self._said: set[str] = set()
+        self._replays = ExitStack()  # open from a forward with gradients to the end of its backward
         hidden = temporary_attributes(args, use_vllm=args.use_vllm and not factory.needs_own_engine(args))
         with hidden, factory.colocated_engine_arguments(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
@@ -114,6 +121,11 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             self._last_loaded_step = -1
         if self.use_vllm:
             self.vllm_generation = factory.build_engine(self, args)
+        if args.router_replay and args.beta != 0 and is_peft_model(self.model):
+            raise ValueError(
+                f"`beta` is {args.beta} with `router_replay=True` and an adapter: the reference is then the same "
+                "model without its adapter, and would be given the sampler's experts. Use `beta=0`, or no adapter."
+            )
         if args.length_decay:
             names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
             self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))
@@ -150,7 +162,15 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             # Once a generation batch, whatever `logging_steps` is; gathered by TRL, so the same on every rank.
             mean_length = self._metrics["train"]["completions/mean_length"][-1]
             self._length_decay.observe(self.state.global_step + 1, mean_length)
+        if self.args.router_replay:
+            batch["routed_experts"] = self._routes(batch["prompt_mask"], batch["completion_ids"].shape[1])
         return batch
+
+    def _routes(self, prompt_mask: Tensor, completion_width: int) -> Tensor:
+        """The experts (B, P + T, L, k) that the engine chose for the batch it has sampled last, on the CPU."""
+        engine: Any = self.vllm_generation
+        lengths, width = prompt_mask.sum(1).tolist(), prompt_mask.shape[1]
+        return pad_routes(engine.last_routes, lengths, width, width + completion_width)
 
     # Loss
 
@@ -163,11 +183,29 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         with temporary_attributes(self, _loss_inputs=dict(inputs), **correct):
             return super()._compute_loss(model, self._loss_inputs)
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        inputs = (model, input_ids, attention_mask, logits_to_keep)
+        with self._replay(model, attention_mask, logits_to_keep):
+            outputs = super()._get_per_token_logps_and_entropies(*inputs, *args, **kwargs)
         if self._loss_inputs is not None:
             self._constrain(self._loss_inputs, outputs[0].detach())
         return outputs
+
+    def _replay(self, model: Any, attention_mask: Tensor, completion_width: int) -> AbstractContextManager[Any]:
+        """The context in which `model` takes the sampler's experts; a reference model takes its own."""
+        if not self.args.router_replay or model is self.ref_model:
+            return nullcontext()
+        if self._loss_inputs is not None:
+            routes = self._loss_inputs["routed_experts"]
+        else:  # while the batch is being scored
+            routes = self._routes(attention_mask[:, :-completion_width], completion_width)
+        replay = RouterReplay(plain_model(model, self.accelerator), routes)
+        if torch.is_grad_enabled():
+            self._replays.enter_context(replay)
+            return nullcontext()
+        return replay
 
     @torch.no_grad()
     def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
@@ -212,7 +250,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trains on one micro-batch as TRL does; at the end of an iteration, logs and steps the dual variable."""
-        loss = super().training_step(*args, **kwargs)
+        with self._replays:
+            loss = super().training_step(*args, **kwargs)
         if self.args.gradient_accumulation_steps > self._steps_per_rollout:
             complete = self.accelerator.sync_gradients
         else:
