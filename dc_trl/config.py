@@ -108,6 +108,11 @@ class DCGRPOConfig(GRPOConfig):
         "With each log entry, write log π, log μ, discrepancy and penalty of every token of the last generation batch "
         "to `output_dir/tokens/`; `dc-trl report` shows them.",
     )
+    router_replay: bool = _option(
+        False,
+        "Mixtures of experts: train through the experts that the sampler chose for each token, with live scores "
+        "(R3, 2510.11370).",
+    )
     weight_sync: str = _option(
         "nccl",
         "How a vLLM server gets the weights: `nccl` (TRL's), or `disk`, through a checkpoint that it reloads.",
@@ -130,6 +135,8 @@ class DCGRPOConfig(GRPOConfig):
         self._check_numbers()
         self._check_length_decay()
         self._check_rollouts()
+        if self.router_replay:
+            self._check_router_replay()
         if self.advantage_estimator == "rloo":
             self._set_up_rloo()
         if self.zero_variance_groups == "drop":
@@ -207,6 +214,38 @@ class DCGRPOConfig(GRPOConfig):
                 f"`vllm_importance_sampling_mode` is {mode!r} with `loss_type='vespo'`, which needs one ratio per "
                 "token. Use 'token_truncate' or 'token_mask', or `vllm_importance_sampling_correction=False`."
             )
+
+    def _check_router_replay(self) -> None:
+        """The sampler's choice of experts must reach the trainer, and the trainer's forward must take it."""
+        colocated = self.use_vllm and self.vllm_mode == "colocate"
+        refused = {
+            "use_vllm": (
+                self.rollout_backend == "vllm" and not self.use_vllm,
+                "TRL's `transformers.generate` records no experts",
+                "`rollout_backend='transformers'`",
+            ),
+            "vllm_mode": (
+                self.use_vllm and not colocated,
+                "TRL's server does not hand out the experts that vLLM chose",
+                "`vllm_mode='colocate'`, or `rollout_backend='transformers'`",
+            ),
+            "vllm_tensor_parallel_size": (
+                colocated and self.vllm_tensor_parallel_size > 1,
+                "each rank runs its own engine of TRL's, and vLLM gives the experts to the first alone",
+                "1, or `rollout_backend='transformers'`",
+            ),
+            "torch_compile": (
+                self.torch_compile,
+                "replay hooks into the routers, which a compiled forward may not call",
+                "False",
+            ),
+        }
+        for name, (applies, reason, remedy) in refused.items():
+            if applies:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r} with `router_replay=True`: {reason}. Use {remedy}, or "
+                    "`router_replay=False`."
+                )
 
     def _set_up_rloo(self) -> None:
         if self.multi_objective_aggregation != "sum_then_normalize":

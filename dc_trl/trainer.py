@@ -24,14 +24,14 @@ from dc_trl.estimators.importance import ImportanceSampling
 from dc_trl.records.card import model_card
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.token_log import TokenLog
-from dc_trl.rollouts.engines import check_log_prob_source, engine_of
+from dc_trl.rollouts.engines import check_log_prob_source, check_route_source, engine_of
 from dc_trl.rollouts.rollout_func import describe_faults, faulty_rows
 from dc_trl.step import Step, constrain
 from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
-from dc_trl.training.group_trainer import GroupEstimatorsTrainer
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
+from dc_trl.training.replay_trainer import RouterReplayTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +41,7 @@ STATE_FILE = "dc_grpo_state.json"
 NOTABLE_PENALTY_SHARE = 0.1
 
 
-class DCGRPOTrainer(GroupEstimatorsTrainer):
+class DCGRPOTrainer(RouterReplayTrainer):
     """GRPO under a discrepancy constraint: DC-GRPO (arXiv 2606.08779) on TRL's [`~trl.GRPOTrainer`].
 
     Takes the arguments of `GRPOTrainer`; `args` is a [`DCGRPOConfig`]. With `constraint="none"` it trains exactly as
@@ -56,7 +56,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     - `_compute_loss` and, while it runs, `_get_per_token_logps_and_entropies`: its log-probs are π, from which penalty
       and importance ratio are filled in between forward and loss. It reads `advantages`, (B,) or (B, T), and
       `importance_sampling_ratio` after that forward.
-    - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends
+    - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends; the former's end is also
+      that of the backward pass, up to which router replay holds
     - `log`: metrics of length-decay and of the gradient norm
     - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`: state
     - `vllm_generation`: the slot of the rollout engine, `sync_weights()` and `generate()`
@@ -101,6 +102,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             )
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
         check_log_prob_source(args, given.arguments.get("rollout_func"), defaulted)
+        check_route_source(args, given.arguments)
         self.dual = DualVariable(args.multiplier_init, args.dual_lr, args.multiplier_max)
         self._constraint = DiscrepancyConstraint(
             args.constraint,
@@ -202,9 +204,9 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             return super()._compute_loss(model, inputs)
         # The correction applies to log-probs from any source, although TRL asks for vLLM's.
         correct = {} if self.args.constraint == "none" else {"use_vllm": True}
-        # A copy: the generation batch may be used again.
-        with temporary_attributes(self, _loss_inputs=dict(inputs), **correct):
-            return super()._compute_loss(model, self._loss_inputs)
+        own = dict(inputs)  # the generation batch may be used again
+        with temporary_attributes(self, _loss_inputs=own, **correct):
+            return super()._compute_loss(model, own)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)

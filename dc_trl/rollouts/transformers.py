@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from dc_trl.rollouts.quantization import PolicyCopy
+from dc_trl.rollouts.router_replay import RolloutRoutes, RouterRecorder
 from dc_trl.rollouts.sampling_options import IN_PROCESS, check_decoding, objection
 from dc_trl.rollouts.weights import iter_plain_weights, plain_model
 
@@ -50,9 +51,18 @@ class TransformersGeneration:
         generation_batch_size: most sequences decoded at once, to bound the KV cache; by default all of them.
         generation_kwargs: sampling options; only those that `dc_trl.rollouts.sampling_options` calls neutral pass.
         seed: seed of a private generator; None draws from torch's global one.
+        record_routes: keep which experts a mixture of experts chose, for router replay.
+
+    Attributes:
+        policy: the engine's own model, in eval mode, with the weights that sample.
+        quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
+            simulated fused experts); for logs.
+        last_routes: with `record_routes`, the experts chosen in the last `generate`, one tensor (prompt and
+            completion, layers, experts a token) a sequence: see `dc_trl.rollouts.router_replay`.
 
     Raises:
-        ValueError: unknown precision, temperature not above 0, unsupported option, or nothing to quantise.
+        ValueError: unknown precision, temperature not above 0, unsupported option, nothing to quantise, or routes of
+            a model that is dense or whose routers are not known.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class TransformersGeneration:
         generation_batch_size: int | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
+        record_routes: bool = False,
     ) -> None:
         check_sampling(temperature, max_completion_length, generation_kwargs or {})
         self.model = model
@@ -84,6 +95,8 @@ class TransformersGeneration:
         self._eos = torch.tensor(eos, dtype=torch.long, device=self._device)
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any id will do
         self._generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
+        self._recorder = RouterRecorder(self.policy) if record_routes else None
+        self.last_routes: list[torch.Tensor] = []
         self._synced = False
         logger.info("rollout precision %s, quantisation %s", precision or "as trained", self.quantization)
 
@@ -153,9 +166,10 @@ class TransformersGeneration:
             self.sync_weights()  # until then, the copy's weights are uninitialised memory
         completions: list[list[int]] = []
         logprobs: list[list[float]] = []
+        self.last_routes = []
         size = self.generation_batch_size or max(len(prompts), 1)
         autocast = self.accelerator.autocast() if self.precision is None else nullcontext()
-        with profiler or nullcontext(), autocast:
+        with profiler or nullcontext(), autocast, self._recorder or nullcontext():
             for start in range(0, len(prompts), size):
                 chunk = self._decode(prompts[start : start + size], greedy)
                 completions += chunk[0]
@@ -171,6 +185,7 @@ class TransformersGeneration:
         logprobs = torch.zeros(count, horizon, device=self._device)
         lengths = torch.full((count,), horizon, device=self._device)
         batch = self._prefill(prompts)
+        routes = RolloutRoutes(self._recorder, prompts, horizon) if self._recorder else None
         for step in range(horizon):
             drawn, drawn_logprobs = self._draw(batch.logits, greedy)
             tokens[batch.rows, step] = drawn
@@ -185,7 +200,11 @@ class TransformersGeneration:
                 drawn = drawn[batch.alive]
                 batch.select(batch.alive.nonzero().squeeze(1))
             self._advance(batch, drawn)
+            if routes is not None:
+                routes.add(batch.rows, step)
         cut = lengths.tolist()
+        if routes is not None:
+            self.last_routes += routes.sequences(cut)
         completions = [row[:length] for row, length in zip(tokens.tolist(), cut, strict=True)]
         return completions, [row[:length] for row, length in zip(logprobs.tolist(), cut, strict=True)]
 

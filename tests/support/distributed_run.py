@@ -17,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from runs import dc_trainer, replayed_rollouts
+from tiny import tiny_model
 from torch.distributed.tensor import DTensor
 
 from dc_trl import DCGRPOTrainer
@@ -118,6 +119,14 @@ def resumed(directory: Path, world_size: int) -> dict[str, Any]:
     return train(directory, world_size, resume=str(checkpoint), constraint="lagrangian")
 
 
+def routed(directory: Path, world_size: int) -> dict[str, Any]:
+    """Float32 rollouts of a mixture of experts, replayed: checkpointed layers, shuffled micro-batches."""
+    options = {"rollout_precision": None, "router_replay": True, "gradient_checkpointing": True}
+    layout = {"per_device_train_batch_size": GLOBAL_BATCH // world_size // 4, "gradient_accumulation_steps": 4}
+    mixture = tiny_model("qwen3_moe", num_experts=8, num_experts_per_tok=3)
+    return train(directory, world_size, model=mixture, **(options | layout))
+
+
 def sharded(directory: Path, world_size: int) -> dict[str, Any]:
     """In-process int4 rollouts from weights that FSDP2 shards."""
     shard_with_fsdp2()
@@ -142,7 +151,7 @@ def shard_with_fsdp2() -> None:
 
 
 RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
-    run.__name__: run for run in (replayed, truncated, environment, engine, resumed, sharded)
+    run.__name__: run for run in (replayed, truncated, environment, engine, resumed, routed, sharded)
 }
 
 

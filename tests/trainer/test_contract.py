@@ -59,6 +59,14 @@ def test_the_colocated_engine_is_built_by_a_name_that_can_be_replaced() -> None:
     assert "self.llm = LLM(" in inspect.getsource(VLLMGeneration._init_vllm)
 
 
+def test_what_router_replay_hooks() -> None:
+    scoring = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert list(scoring.parameters)[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    # The outputs of a colocated engine pass through here, one completion each, in the order of the prompts.
+    source = inspect.getsource(VLLMGeneration.generate)
+    assert "all_outputs = self.llm.generate(" in source and "for output in outputs.outputs" in source
+
+
 def test_batch_keys_and_shapes(tmp_path: Path) -> None:
     trainer = trl_trainer(tmp_path, max_steps=1)
     batches = []

@@ -33,7 +33,7 @@ def launch(directory: Path, *runs: str) -> tuple[dict[str, Any], dict[str, Any]]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """What both ranks saw of every run that needs no sharding."""
-    return launch(tmp_path_factory.mktemp("ranks"), *REPLAYED, "engine", "resumed")
+    return launch(tmp_path_factory.mktemp("ranks"), *REPLAYED, "engine", "resumed", "routed")
 
 
 def values(report: dict[str, Any], key: str) -> list[float]:
@@ -98,6 +98,14 @@ def test_a_rank_without_tokens_takes_part(ranks: tuple[dict[str, Any], dict[str,
         )
         assert values(report, "dc/discrepancy/mean")[0] != values(full, "dc/discrepancy/mean")[0]
         assert values(report, "grad_norm")[0] > 0
+
+
+def test_each_rank_replays_the_experts_of_its_own_tokens(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    first, second = (rank["routed"] for rank in ranks)
+    assert repr(first["log"]) == repr(second["log"]) and torch.equal(first["weights"], second["weights"])
+    # The rollouts are of the weights as trained: given the experts of other tokens, this would be some 0.01.
+    assert len(updates(first)) == 4 and max(values(first, "dc/discrepancy/max")) < 1e-5
+    assert min(values(first, "grad_norm")) > 0
 
 
 def test_a_resumed_run_on_two_ranks_equals_the_uninterrupted_one(

@@ -52,3 +52,24 @@ def check_log_prob_source(args: Any, rollout_func: Callable[..., Any] | None, de
     """
     if args.constraint != "none" and rollout_func is None:
         engine_of(vars(args)).check_log_probs(args, defaulted)
+
+
+def check_route_source(args: Any, given: Mapping[str, Any]) -> None:
+    """Refuses router replay that nothing can record for, before any model loads.
+
+    Args:
+        args: a `DCGRPOConfig`.
+        given: the trainer's arguments, of which `rollout_func`, `tools` and `environment_factory` are looked at.
+
+    Raises:
+        ValueError: if rollouts do not come in one turn from an engine that records its choice of experts.
+    """
+    if not args.router_replay:
+        return
+    for name in ("rollout_func", "tools", "environment_factory"):
+        if given.get(name):
+            raise ValueError(
+                f"`router_replay` is True with `{name}`, whose tokens do not all come from one call of the engine "
+                f"that records its experts. Leave `{name}` out, or set `router_replay=False`."
+            )
+    engine_of(vars(args)).check_routes(args)

@@ -61,6 +61,14 @@ class Engine(ABC):
         """
         return None
 
+    def check_routes(self, args: Any) -> None:
+        """Refuses router replay where the installed engine cannot say which experts it chose.
+
+        Raises:
+            ValueError: names the reason and the way out.
+        """
+        return None
+
     def construction(self, args: Any) -> AbstractContextManager[None]:
         """The context in which `GRPOTrainer` is constructed."""
         return nullcontext()

@@ -46,6 +46,7 @@ class InProcess(Engine):
             max_completion_length=args.completion_limit,
             eos_token_ids=trainer.eos_token_ids,
             generation_kwargs=options | args.extra_sampling_parameters,
+            record_routes=args.router_replay,
         )
 
 

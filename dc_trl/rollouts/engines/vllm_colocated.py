@@ -31,20 +31,37 @@ class VLLMColocated(Engine):
                 "sleep. Set `vllm_enable_sleep_mode=False`, or leave `quantization` out of `vllm_engine_kwargs`."
             )
 
+    def check_routes(self, args: Any) -> None:
+        """Asks the installed vLLM."""
+        from dc_trl.rollouts.vllm_routes import check_engine_offers_routes
+
+        check_engine_offers_routes()
+
     def construction(self, args: Any) -> AbstractContextManager[None]:
         """TRL builds the engine while it is constructed, so its arguments must reach it there."""
-        if not args.vllm_engine_kwargs:
+        arguments = dict(args.vllm_engine_kwargs or {})
+        if args.router_replay:
+            from dc_trl.rollouts.vllm_routes import ENGINE_OPTION
+
+            arguments[ENGINE_OPTION] = True
+        if not arguments:
             return nullcontext()
         from dc_trl.rollouts.vllm_colocate import engine_arguments
 
-        return engine_arguments(dict(args.vllm_engine_kwargs))
+        return engine_arguments(arguments)
 
     def build(self, trainer: Any, args: Any) -> Any:
         """TRL's, adapted where it needs to be."""
         from dc_trl.rollouts.vllm_colocate import prepare_colocated_engine
 
-        prepare_colocated_engine(trainer.vllm_generation, "quantization" in (args.vllm_engine_kwargs or {}))
-        return trainer.vllm_generation
+        engine = trainer.vllm_generation
+        prepare_colocated_engine(engine, "quantization" in (args.vllm_engine_kwargs or {}))
+        if args.router_replay:
+            from dc_trl.rollouts.vllm_routes import keep_routes
+            from dc_trl.rollouts.weights import plain_model
+
+            keep_routes(engine, plain_model(trainer.model, trainer.accelerator))
+        return engine
 
 
 ENGINE = VLLMColocated()
