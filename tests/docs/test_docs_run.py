@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import trl
-from places import ROOT
+from pages import DOCS
 from tiny import save_tiny_policy
 from trl import GRPOTrainer
 
 import dc_trl
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
 
-DOCS = ROOT / "docs"
 STEPS = 2
 ON_CPU = {"use_cpu": True, "bf16": False}
 SHORT = {"max_steps": STEPS, "save_steps": 1, "logging_steps": 1, "max_completion_length": 8, "disable_tqdm": True}

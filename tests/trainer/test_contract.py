@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seams of TRL that the trainer hooks: they exist, with these parameters, and behave so."""
 
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def test_generation_engine_methods() -> None:
     assert list(inspect.signature(VLLMGeneration.generate).parameters) == expected
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.vllm
 def test_the_colocated_engine_is_built_by_a_name_that_can_be_replaced() -> None:
     from trl.generation import vllm_generation
 

@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from example_scripts import load_example
 from places import ROOT
-from problems import dapo_rows, write
+from problems import dapo_rows, write_rows
 from transformers import AutoConfig
 
 from dc_trl.commands.cli import main
@@ -157,7 +157,7 @@ def test_trl_makes_the_batches_that_the_plan_says(name: str, monkeypatch: pytest
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Invented problems in DAPO's columns, and directories with the true configurations and a tiny tokenizer."""
     folder = tmp_path_factory.mktemp("stand_ins")
-    write(folder / "dapo.parquet", dapo_rows(problems=40, repeats=3))
+    write_rows(folder / "dapo.parquet", dapo_rows(problems=40, repeats=3))
     example = load_example("make_tiny_policy")
     example.main(folder / "tiny")
     for name in ARCHITECTURES:
