@@ -22,9 +22,18 @@ pytestmark = pytest.mark.vllm
 
 # Longer than two blocks of the prefix cache.
 TEMPLATE = "the quick brown fox jumps over the lazy dog, 12 + 34 = 46. And then, {problem}? "
-FLAGS = {"bf16": "false", "use_cpu": "true", "gradient_checkpointing": "false", "prompt_template": TEMPLATE}
-FLAGS |= {"num_generations": "8", "per_device_train_batch_size": "32", "gradient_accumulation_steps": "4"}
-FLAGS |= {"max_completion_length": "12", "use_vllm": "true", "problems": "16"}
+FLAGS = {
+    "bf16": "false",
+    "use_cpu": "true",
+    "gradient_checkpointing": "false",
+    "prompt_template": TEMPLATE,
+    "num_generations": "8",
+    "per_device_train_batch_size": "32",
+    "gradient_accumulation_steps": "4",
+    "max_completion_length": "12",
+    "use_vllm": "true",
+    "problems": "16",
+}
 
 
 def command(directory: Path, policy: Path, **flags: str) -> list[str]:
