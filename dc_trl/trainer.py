@@ -48,19 +48,24 @@ class DCGRPOTrainer(RouterReplayTrainer):
     `GRPOTrainer` does, and measures. With a constraint it switches the policy's dropout off, which would be measured
     as discrepancy.
 
-    Seams of TRL 1.16 that this class hooks, each held by a contract test:
+    Seams of TRL 1.16 that this class and its helpers use, each held by a contract test:
 
-    - `_generate`: what a `rollout_func` returns is checked row by row
-    - `_generate_and_score_completions`: scored without the second forward; advantages of other estimators
-    - `_calculate_rewards`, `_prepare_inputs`: rewards and micro-batches, for these (in `GroupEstimatorsTrainer`)
-    - `_compute_loss` and, while it runs, `_get_per_token_logps_and_entropies`: its log-probs are π, from which penalty
-      and importance ratio are filled in between forward and loss. It reads `advantages`, (B,) or (B, T), and
-      `importance_sampling_ratio` after that forward.
-    - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends; the former's end is also
-      that of the backward pass, up to which router replay holds
-    - `log`: metrics of length-decay and of the gradient norm
-    - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`: state
-    - `vllm_generation`: the slot of the rollout engine, `sync_weights()` and `generate()`
+    - `_generate`, `rollout_func`: what a `rollout_func` returns is checked row by row
+    - `_generate_and_score_completions`, `vllm_importance_sampling_correction`: scored without the second forward;
+      advantages of other estimators
+    - `_calculate_rewards`, `_prepare_inputs`, `_buffered_inputs`, `_logs`: rewards and micro-batches, for these (in
+      `GroupEstimatorsTrainer`)
+    - `_compute_loss`, `_get_per_token_logps_and_entropies`: while the loss is computed, the log-probs of its forward
+      are π, from which penalty and importance ratio are filled in between forward and loss. It reads `advantages`,
+      (B,) or (B, T), and `importance_sampling_ratio` after that forward.
+    - `training_step`, `evaluation_loop`, `_step`, `_metrics`: where a generation batch, or an evaluation, ends;
+      the end of the first is also that of the backward, up to which router replay holds
+    - `log`, `callback_handler`, `_tokenizer`: metrics of length-decay and of the gradient norm; the token log
+    - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`, `_name`, `_paper`, `_tag_names`: state, card
+    - `vllm_generation`, `use_vllm`, `vllm_mode`, `_last_loaded_step`, `temperature`: the slot of the rollout engine,
+      `sync_weights()` and `generate()`
+    - `accelerator`, `eos_token_ids`, `hub_model_id`, `loss_type`, `num_generations`, `num_generations_eval`: read
+    - `num_iterations`, `reward_weights`, `state`: read
 
     An iteration of the dual is one generation batch, or one optimizer step where a step spans several; λ is constant
     within it. The metrics of an iteration are logged at its end.

@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from places import ROOT
+from pages import DOCS, PAGES, rows
 from runs import PROMPTS, dc_trainer, replayed_rollouts, trl_trainer
 from trl import GRPOConfig
 
 from dc_trl import DCGRPOConfig, LengthDecayCallback
 
-DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
 OURS = ("dc/", "length_decay/", "sampling/")
-
-
-def rows(page: str) -> list[list[str]]:
-    """The cells of every table row of a page; an escaped bar is part of its cell."""
-    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
-    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
 
 
 def documented_keys() -> list[str]:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
+from pages import DOCS, PAGES, rows
 from runs import dc_trainer
-from test_docs import DOCS, PAGES, rows
 from tiny import tiny_model, tiny_tokenizer
 from trl import GRPOConfig
 
@@ -24,6 +24,7 @@ from dc_trl import DCGRPOConfig, LengthDecayCallback
 from dc_trl.commands.cli import COMMANDS
 from dc_trl.commands.train.arguments import TrainArguments, find_accelerate_config, make_parser
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
+from dc_trl.discrepancy import METRICS
 from dc_trl.dual import DualVariable
 from dc_trl.length_decay import LengthSurgeDetector, RateScaler
 from dc_trl.rollouts.transformers import TransformersGeneration
@@ -99,6 +100,7 @@ def instances(folder: Path) -> dict[str, Callable[[], Any]]:
     return {
         "dc_trl.DCGRPOTrainer": lambda: dc_trainer(folder),
         "dc_trl.LengthDecayCallback": LengthDecayCallback,
+        "dc_trl.discrepancy.DiscrepancyMetric": lambda: METRICS["prob_diff"],
         "dc_trl.dual.DualVariable": lambda: dual,
         "dc_trl.constraint.DiscrepancyTolerance": lambda: DiscrepancyTolerance(None),
         "dc_trl.constraint.DiscrepancyConstraint": lambda: DiscrepancyConstraint(

@@ -14,19 +14,27 @@ from typing import Any
 
 import pytest
 import trl
-from places import ROOT
+from pages import DOCS
 from tiny import save_tiny_policy
 from trl import GRPOTrainer
 
 import dc_trl
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
 
-DOCS = ROOT / "docs"
 STEPS = 2
 ON_CPU = {"use_cpu": True, "bf16": False}
-SHORT = {"max_steps": STEPS, "save_steps": 1, "logging_steps": 1, "max_completion_length": 8, "disable_tqdm": True}
-SHORT |= {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-SHORT |= {"steps_per_generation": None, "gradient_checkpointing": False}
+SHORT = {
+    "max_steps": STEPS,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "max_completion_length": 8,
+    "disable_tqdm": True,
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": None,
+    "gradient_checkpointing": False,
+}
 VLLM_ONLY = ("use_vllm", "vllm_mode", "weight_sync", "vllm_engine_kwargs", "vllm_server_base_url")
 
 # Output directory → log, one entry a call of `train`.
@@ -100,7 +108,11 @@ def test_short_pages_run(page: str, runs: Runs) -> None:
 def test_the_quick_start_runs(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     run_page("quickstart.md")
     assert [name for name, _ in runs] == [
-        *("qwen3-dc-grpo", "qwen3-in-process", "qwen3-lora", "qwen3-resume", "qwen3-resume")
+        "qwen3-dc-grpo",
+        "qwen3-in-process",
+        "qwen3-lora",
+        "qwen3-resume",
+        "qwen3-resume",
     ]
     for name, _ in runs:
         assert series(runs, name, "dc/discrepancy/mean"), name

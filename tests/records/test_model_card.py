@@ -56,10 +56,26 @@ def write_result(
     limit: int | None = None,
     settings: str = "0",
 ) -> None:
-    result = {"benchmark": benchmark, "title": benchmark.upper(), "dataset": f"someone/{benchmark}", "config": None}
-    result |= {"split": "test", "metric": "avg@4", "samples": 4, "limit": limit, "temperature": 0.7, "top_p": 1.0}
-    result |= {"max_tokens": 64, "engine": "vllm", "precision": "bf16", "settings": settings, "problems": 8}
-    result |= {"time": "2026-11-21T10:00:00+00:00", "mean": mean, "stderr": stderr}
+    result = {
+        "benchmark": benchmark,
+        "title": benchmark.upper(),
+        "dataset": f"someone/{benchmark}",
+        "config": None,
+        "split": "test",
+        "metric": "avg@4",
+        "samples": 4,
+        "limit": limit,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "max_tokens": 64,
+        "engine": "vllm",
+        "precision": "bf16",
+        "settings": settings,
+        "problems": 8,
+        "time": "2026-11-21T10:00:00+00:00",
+        "mean": mean,
+        "stderr": stderr,
+    }
     path = folder / "evaluation" / "results.jsonl"
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training with real vLLM in the trainer's process: weights reach the engine, and the constraint is driven by it."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,10 +12,7 @@ import pytest
 import torch
 from places import SUPPORT
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]
+pytestmark = pytest.mark.vllm
 
 
 def run(directory: Path, **engine: Any) -> dict[str, Any]:

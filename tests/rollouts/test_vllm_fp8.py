@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train high, deploy low: float32 trainers, one and two processes, and a real vLLM server with an FP8 KV cache."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,7 +17,6 @@ from vllm_process import VLLMServer
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.skipif(
         not torch.cuda.is_available() and not torch.cpu._is_avx512_supported(),
         reason="vLLM has no FP8 KV cache on CPUs without AVX-512",

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight sync over disk with a real vLLM server on loopback: one server for the module, killed and restarted once."""
 
-import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,7 @@ from vllm_process import VLLMServer
 
 from dc_trl.rollouts.vllm_server import check_logprobs_mode
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")

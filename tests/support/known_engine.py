@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dc-trl evaluate` with an engine whose answers are known: what tests/commands/evaluate/ share."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,11 @@ from dc_trl.tasks.data import BOXED_TEMPLATE
 # √((1/4 + 0 + 1/4) / 2) = 1/2, and the standard error (1/2) / √3.
 RIGHT = {(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 2)}
 STDERR = 0.5 / math.sqrt(3)
-SUMS = [{"problem": "2 + 2 = ?", "answer": 4}, {"problem": "1/3 + 1/6 = ?", "answer": "\\frac{1}{2}"}]
-SUMS += [{"problem": "10^3 = ?", "answer": "1000"}]
+SUMS = [
+    {"problem": "2 + 2 = ?", "answer": 4},
+    {"problem": "1/3 + 1/6 = ?", "answer": "\\frac{1}{2}"},
+    {"problem": "10^3 = ?", "answer": "1000"},
+]
 
 
 class KnownEngine:
@@ -47,12 +49,6 @@ class KnownEngine:
                 raise ConnectionError("the machine is gone")
             self.seen.append(requests[index].seed)
             yield index, self.script[requests[index].seed]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def evaluate(*flags: str, model: str = "policy", data: str = "sums.jsonl") -> int:

@@ -23,9 +23,16 @@ def dapo_rows(problems: int = 3, repeats: int = 1) -> list[dict[str, Any]]:
     ]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A file of rows, parquet or JSON Lines by its suffix; makes its folder if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(str(path))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return path
+
+
+def write_sums(path: Path) -> Path:
+    """Thirty-two sums."""
+    return write_rows(path, [{"problem": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(32)])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from problems import dapo_rows, write
+from problems import dapo_rows, write_rows
 
 from dc_trl.tasks.data import BOXED_TEMPLATE, DatasetError, load_math_dataset, local_path
 
@@ -13,7 +13,7 @@ from dc_trl.tasks.data import BOXED_TEMPLATE, DatasetError, load_math_dataset, l
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_reads_the_columns_of_dapo(tmp_path: Path, suffix: str) -> None:
     rows = dapo_rows()
-    data = load_math_dataset(write(tmp_path / f"dapo{suffix}", rows))
+    data = load_math_dataset(str(write_rows(tmp_path / f"dapo{suffix}", rows)))
     assert data.column_names == ["prompt", "solution"]
     assert data[1]["prompt"] == rows[1]["prompt"]  # as it is: it brings its own instructions
     assert data["solution"] == ["1", "2", "3"]
@@ -22,13 +22,15 @@ def test_reads_the_columns_of_dapo(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("problem", ["prompt", "problem", "question"])
 @pytest.mark.parametrize("answer", ["answer", "solution"])
 def test_reads_plain_columns(tmp_path: Path, problem: str, answer: str) -> None:
-    data = load_math_dataset(write(tmp_path / "local.jsonl", [{problem: "1+1?", answer: 2, "level": "easy"}]))
+    data = load_math_dataset(
+        str(write_rows(tmp_path / "local.jsonl", [{problem: "1+1?", answer: 2, "level": "easy"}]))
+    )
     message = {"role": "user", "content": BOXED_TEMPLATE.replace("{problem}", "1+1?")}
     assert data[0] == {"prompt": [message], "solution": "2"}
 
 
 def test_template_and_named_columns(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.json", [{"text": r"\frac{a}{b}", "gold": "7", "answer": "wrong"}])
+    path = str(write_rows(tmp_path / "x.json", [{"text": r"\frac{a}{b}", "gold": "7", "answer": "wrong"}]))
     data = load_math_dataset(
         path, problem_column="text", answer_column="gold", prompt_template="Solve {problem} {now}."
     )
@@ -37,24 +39,24 @@ def test_template_and_named_columns(tmp_path: Path) -> None:
 
 
 def test_reads_a_directory(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", dapo_rows())
+    write_rows(tmp_path / "train.jsonl", dapo_rows())
     assert len(load_math_dataset(str(tmp_path))) == 3
 
 
 def test_drops_repeated_problems_and_warns_of_conflicts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = dapo_rows(problems=4, repeats=5)
-    path = write(tmp_path / "repeated.parquet", rows)
+    path = str(write_rows(tmp_path / "repeated.parquet", rows))
     assert len(load_math_dataset(path)) == 20
     assert load_math_dataset(path, deduplicate=True)["solution"] == ["1", "2", "3", "4"]
     assert not caplog.records
     rows[-1]["reward_model"]["ground_truth"] = "999"
-    data = load_math_dataset(write(tmp_path / "conflict.parquet", rows), deduplicate=True)
+    data = load_math_dataset(str(write_rows(tmp_path / "conflict.parquet", rows)), deduplicate=True)
     assert data["solution"] == ["1", "2", "3", "4"]  # the first answer stands
     assert "1 problems have rows with different answers" in caplog.text
 
 
 def test_says_which_column_is_missing(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", [{"text": "1+1", "answer": "2"}])
+    path = str(write_rows(tmp_path / "x.jsonl", [{"text": "1+1", "answer": "2"}]))
     with pytest.raises(
         DatasetError, match="no problem column: looked for prompt, problem, question, found text, answer"
     ):
@@ -75,7 +77,7 @@ def test_says_which_column_is_missing(tmp_path: Path) -> None:
 )
 def test_says_which_row_is_wrong(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        load_math_dataset(write(tmp_path / "x.jsonl", [row]))
+        load_math_dataset(str(write_rows(tmp_path / "x.jsonl", [row])))
 
 
 def test_says_that_a_file_is_empty(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_says_which_file_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DatasetError, match="Could not load split 'train' of .*broken.parquet"):
         load_math_dataset(str(broken))
     with pytest.raises(DatasetError, match="Could not load split 'test'"):
-        load_math_dataset(write(tmp_path / "good.jsonl", dapo_rows()), split="test")
+        load_math_dataset(str(write_rows(tmp_path / "good.jsonl", dapo_rows())), split="test")
 
 
 def test_hub_names_are_left_to_the_hub() -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seams of TRL that the trainer hooks: they exist, with these parameters, and behave so."""
 
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 import trl
 from runs import dc_trainer, replayed_rollouts, trl_trainer, weights
+from seams import overrides
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
@@ -22,6 +22,25 @@ PARAMETERS = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "save_model": ["output_dir", "_internal_call"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_get_per_token_logps_and_entropies": [
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+        "pixel_values",
+        "image_grid_thw",
+        "num_images",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "num_tiles",
+        "image_sizes",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "image_position_ids",
+    ],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "create_model_card": ["model_name", "dataset_name", "tags"],
     "log": ["logs", "start_time"],
@@ -33,6 +52,11 @@ PARAMETERS = {
 def test_hooked_methods_keep_their_parameters(method: str, expected: list[str]) -> None:
     parameters = list(inspect.signature(inspect.unwrap(getattr(GRPOTrainer, method))).parameters)
     assert parameters == ["self", *expected]
+
+
+def test_every_overridden_method_is_held() -> None:
+    names = {name for name in overrides()["GRPOTrainer"] if inspect.isroutine(getattr(GRPOTrainer, name))}
+    assert names == set(PARAMETERS)
 
 
 def test_version_range() -> None:
@@ -51,7 +75,7 @@ def test_generation_engine_methods() -> None:
     assert list(inspect.signature(VLLMGeneration.generate).parameters) == expected
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.vllm
 def test_the_colocated_engine_is_built_by_a_name_that_can_be_replaced() -> None:
     from trl.generation import vllm_generation
 

@@ -94,7 +94,9 @@ def test_the_card_comes_back(pushed: tuple[Path, dict[str, Any]]) -> None:
         f"| `eval_reward` | {scores['eval_reward']:.4g} |",
         f"| `eval_dc/discrepancy/mean` | {scores['eval_dc/discrepancy/mean']:.4g} |",
         "| AIME 2024, avg@32 | 12.3 ± 1.2 | 30 | 0.7, 1.0, 32768 | vllm, bf16 | 2026-11-21 |",
-        *("![Curves](curves.png)", f'model="{REPOSITORY}"', "fine-tuned version of a model not on the Hub"),
+        "![Curves](curves.png)",
+        f'model="{REPOSITORY}"',
+        "fine-tuned version of a model not on the Hub",
     ):
         assert expected in text
     assert "None" not in text

@@ -4,9 +4,20 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dc_trl.commands.calibrate.scores import Mean, Scores, difference_stderr, mean_discrepancy, staleness
+from dc_trl.commands.calibrate.scores import (
+    Mean,
+    Scores,
+    describe,
+    difference_stderr,
+    mean_discrepancy,
+    staleness,
+)
 from dc_trl.discrepancy import METRICS, valid_tokens
+
+if TYPE_CHECKING:
+    from dc_trl.commands.calibrate.measure import Measurement
 
 PASS = "pass"
 WARN = "warn"
@@ -222,6 +233,34 @@ def check_tail(scores: Scores, ess: float | None) -> Verdict:
         remedy = f"{_PAGE}#mixture-of-experts-routing, or a rollout precision that the model bears"
         return Verdict(name, WARN, message, remedy)
     return Verdict(name, PASS, message)
+
+
+def judge(measurement: "Measurement", plan: Plan, temperature: float) -> list[Verdict]:
+    """Every check of a measurement, in the order in which a cause is to be looked for."""
+    verdicts = [check_scored(measurement.floor)]
+    if not bool(measurement.floor.valid.any()):
+        return verdicts
+    floor = mean_discrepancy(measurement.floor, plan.metric, plan.average)
+    table = describe(measurement.floor)
+    return [
+        *verdicts,
+        check_precision(floor, table["problems"]),
+        check_temperature(temperature, measurement.misfits, measurement.other_temperature, measurement.other_misfits),
+        check_repeat(measurement.first, measurement.second, plan),
+        check_sync(
+            measurement.floor, measurement.stale, measurement.nudged, measurement.undone, measurement.nudge_size
+        ),
+        check_weights(measurement.weights_moved),
+        check_tail(measurement.floor, table["dc"]["ess"]),
+    ]
+
+
+def conclude(measurement: "Measurement", plan: Plan, verdicts: list[Verdict]) -> Recommendation:
+    """The tolerance to train with, unless a check failed."""
+    failed = ", ".join(failures(verdicts))
+    if failed:
+        return Recommendation(None, f"Failed: {failed}. A tolerance would hide it, so none is recommended.")
+    return recommend(measurement.floor, plan)
 
 
 def recommend(scores: Scores, plan: Plan) -> Recommendation:

@@ -78,17 +78,17 @@ class Recording:
         self._rollouts = []
         if sync:
             self._last_loaded_step = -1
-        return self._evaluate(dataset)
+        return self._scored(dataset)
 
     def rescore(self, dataset: Any) -> Scores:
         """Scores the last samples with the weights and the temperature as they are now."""
         self._replayed = iter(self._rollouts)
         try:
-            return self._evaluate(dataset)
+            return self._scored(dataset)
         finally:
             self._replayed = None
 
-    def _evaluate(self, dataset: Any) -> Scores:
+    def _scored(self, dataset: Any) -> Scores:
         self._records = []
         self.evaluate(dataset)  # type: ignore[attr-defined]
         return merge(gather_object(self._records))

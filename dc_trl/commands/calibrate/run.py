@@ -12,10 +12,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from dc_trl.commands.calibrate import checks
 from dc_trl.commands.calibrate.arguments import CalibrateArguments
-from dc_trl.commands.calibrate.checks import Plan, Recommendation, Verdict
-from dc_trl.commands.calibrate.measure import Measurement, Recording, measure
+from dc_trl.commands.calibrate.checks import Plan
+from dc_trl.commands.calibrate.measure import Recording, measure
 from dc_trl.commands.calibrate.output import Calibration, hardware, versions
-from dc_trl.commands.calibrate.scores import describe, mean_discrepancy
 from dc_trl.commands.train.run import build_trainer, load_data
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_log import RunLogCallback
@@ -86,7 +85,7 @@ def calibrate(script: CalibrateArguments, training: Any, model: Any) -> Calibrat
         slack=training.tolerance_slack,
         problems_per_batch=batch / training.num_generations,
     )
-    verdicts = judge(measurement, plan, trainer.temperature)
+    verdicts = checks.judge(measurement, plan, trainer.temperature)
     run = {
         "model": str(model.model_name_or_path),
         "engine": engine,
@@ -97,7 +96,7 @@ def calibrate(script: CalibrateArguments, training: Any, model: Any) -> Calibrat
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": time.monotonic() - started,
     }
-    return Calibration(run, plan, measurement, verdicts, _recommendation(measurement, plan, verdicts))
+    return Calibration(run, plan, measurement, verdicts, checks.conclude(measurement, plan, verdicts))
 
 
 def plan_batches(problems: int, available: int, generations: int, batch: int, processes: int) -> tuple[int, int]:
@@ -141,28 +140,3 @@ def _no_reward(completions: list[Any], **_: Any) -> list[float]:
 
 def _settings(training: Any) -> dict[str, Any]:
     return {name: getattr(training, name) for name in SETTINGS}
-
-
-def judge(m: Measurement, plan: Plan, temperature: float) -> list[Verdict]:
-    """Every check of a measurement, in the order in which a cause is to be looked for."""
-    verdicts = [checks.check_scored(m.floor)]
-    if not bool(m.floor.valid.any()):
-        return verdicts
-    floor = mean_discrepancy(m.floor, plan.metric, plan.average)
-    table = describe(m.floor)
-    return [
-        *verdicts,
-        checks.check_precision(floor, table["problems"]),
-        checks.check_temperature(temperature, m.misfits, m.other_temperature, m.other_misfits),
-        checks.check_repeat(m.first, m.second, plan),
-        checks.check_sync(m.floor, m.stale, m.nudged, m.undone, m.nudge_size),
-        checks.check_weights(m.weights_moved),
-        checks.check_tail(m.floor, table["dc"]["ess"]),
-    ]
-
-
-def _recommendation(m: Measurement, plan: Plan, verdicts: list[Verdict]) -> Recommendation:
-    failed = ", ".join(checks.failures(verdicts))
-    if failed:
-        return Recommendation(None, f"Failed: {failed}. A tolerance would hide it, so none is recommended.")
-    return checks.recommend(m.floor, plan)

@@ -106,10 +106,19 @@ class Evaluation:
         """Everything that decides what is drawn, except the problems, which are recorded with each sample."""
         args = self.args
         model = args.model_name_or_path
-        settings = {key: getattr(args, key) for key in ("temperature", "top_p", "seed")}
-        settings |= {"model": None if Path(model).is_dir() else model, "weights": weights_identity(model, self.config)}
-        settings |= {"engine": self.engine.name, "precision": self.engine.precision, "options": self.engine.options}
-        settings |= {"max_tokens": max_tokens, "prompt_template": self.template, "dataset": _dataset_name(benchmark)}
+        settings = {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "seed": args.seed,
+            "model": None if Path(model).is_dir() else model,
+            "weights": weights_identity(model, self.config),
+            "engine": self.engine.name,
+            "precision": self.engine.precision,
+            "options": self.engine.options,
+            "max_tokens": max_tokens,
+            "prompt_template": self.template,
+            "dataset": _dataset_name(benchmark),
+        }
         if self.engine.batch_size is not None:  # then the grouping into batches decides too
             settings |= {"samples": benchmark.samples, "limit": limit}
         return settings

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from calibrations import statuses
 from faults import (
     engine_temperature,
     merge_in_place,
@@ -19,6 +20,7 @@ from faults import (
     stale_tensors,
 )
 from places import ROOT
+from problems import write_sums
 from tiny import save_tiny_policy
 
 from dc_trl import DCGRPOTrainer
@@ -28,25 +30,13 @@ from dc_trl.commands.cli import main
 PAGE = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
 
 
-def write_problems(path: Path) -> Path:
-    """Thirty-two sums as JSON Lines."""
-    rows = [{"problem": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(32)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def statuses(found: dict[str, Any]) -> dict[str, str]:
-    """Status of each check in calibration.json."""
-    return {check["name"]: check["status"] for check in found["checks"]}
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe for the tiny policy with in-process rollouts as trained, in a folder with what it names."""
     folder = tmp_path_factory.mktemp("recipe")
     values = {
         "model_name_or_path": str(save_tiny_policy(folder / "policy")),
-        "dataset_name": str(write_problems(folder / "sums.jsonl")),
+        "dataset_name": str(write_sums(folder / "sums.jsonl")),
         "prompt_template": "{problem}",
         "bf16": False,
         "use_cpu": True,

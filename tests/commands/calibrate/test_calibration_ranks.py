@@ -7,17 +7,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+from calibrations import statuses
 from places import SUPPORT
-from test_calibration import statuses, write_problems
+from problems import write_sums
 from tiny import save_tiny_policy
 
 
 def test_sharded_weights_are_nudged_and_put_back(tmp_path: Path) -> None:
-    flags = {"model_name_or_path": save_tiny_policy(tmp_path / "policy"), "output_dir": tmp_path / "out"}
-    flags |= {"dataset_name": write_problems(tmp_path / "sums.jsonl"), "prompt_template": "{problem}"}
-    options = {"bf16": "false", "use_cpu": "true", "gradient_checkpointing": "false", "problems": "8"}
-    options |= {"num_generations": "8", "per_device_train_batch_size": "32", "max_completion_length": "8"}
-    options |= {"rollout_backend": "transformers", "rollout_precision": "bf16"}
+    flags = {
+        "model_name_or_path": save_tiny_policy(tmp_path / "policy"),
+        "output_dir": tmp_path / "out",
+        "dataset_name": write_sums(tmp_path / "sums.jsonl"),
+        "prompt_template": "{problem}",
+    }
+    options = {
+        "bf16": "false",
+        "use_cpu": "true",
+        "gradient_checkpointing": "false",
+        "problems": "8",
+        "num_generations": "8",
+        "per_device_train_batch_size": "32",
+        "max_completion_length": "8",
+        "rollout_backend": "transformers",
+        "rollout_precision": "bf16",
+    }
     script = str(SUPPORT / "calibration_ranks_run.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     command += [str(part) for key, value in (flags | options).items() for part in (f"--{key}", value)]

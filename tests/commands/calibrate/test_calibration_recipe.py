@@ -45,7 +45,7 @@ LINE = b"discrepancy_tolerance: 0.5  # c"
         ("a: π # λ\ndiscrepancy_tolerance: 1 # π\n".encode(), "a: π # λ\n".encode() + LINE + b"\n"),
         (b"a: |\n  discrepancy_tolerance: 1\nb: 2\n", b"a: |\n  discrepancy_tolerance: 1\nb: 2\n" + LINE + b"\n"),
     ],
-)  # fmt: skip
+)
 def test_everything_else_stays(before: bytes, after: bytes, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(before)

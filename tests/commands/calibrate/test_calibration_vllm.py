@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dc-trl calibrate` of real vLLM: a server with weights over disk, and an engine in the trainer's process."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,29 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calibrations import statuses
+from problems import write_sums
 from served_policy import BFLOAT16, engine, gap
-from test_calibration import statuses, write_problems
 from tiny import OFF_TILE, save_tiny_policy, tiny_model
 from vllm_process import VLLMServer
 
 from dc_trl.commands.cli import main
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]
+pytestmark = pytest.mark.vllm
 
 # Longer than two blocks of the prefix cache.
 TEMPLATE = "the quick brown fox jumps over the lazy dog, 12 + 34 = 46. And then, {problem}? "
-FLAGS = {"bf16": "false", "use_cpu": "true", "gradient_checkpointing": "false", "prompt_template": TEMPLATE}
-FLAGS |= {"num_generations": "8", "per_device_train_batch_size": "32", "gradient_accumulation_steps": "4"}
-FLAGS |= {"max_completion_length": "12", "use_vllm": "true", "problems": "16"}
+FLAGS = {
+    "bf16": "false",
+    "use_cpu": "true",
+    "gradient_checkpointing": "false",
+    "prompt_template": TEMPLATE,
+    "num_generations": "8",
+    "per_device_train_batch_size": "32",
+    "gradient_accumulation_steps": "4",
+    "max_completion_length": "12",
+    "use_vllm": "true",
+    "problems": "16",
+}
 
 
 def command(directory: Path, policy: Path, **flags: str) -> list[str]:
     """The command for a policy, with problems of its own; writes to `directory/out`."""
     options = FLAGS | {"model_name_or_path": str(policy), "output_dir": str(directory / "out")} | flags
-    options["dataset_name"] = str(write_problems(directory / "sums.jsonl"))
+    options["dataset_name"] = str(write_sums(directory / "sums.jsonl"))
     return ["calibrate", *(part for key, value in options.items() for part in (f"--{key}", value))]
 
 

@@ -4,7 +4,8 @@
 from pathlib import Path
 
 import pytest
-from known_engine import SUMS, KnownEngine, write
+from known_engine import SUMS, KnownEngine
+from problems import write_rows
 from tiny import save_tiny_policy
 
 from dc_trl.commands.evaluate.benchmarks import Benchmark
@@ -16,7 +17,7 @@ from dc_trl.commands.evaluate.sampling import Judge
 def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny policy's directory, and the current directory with sums.jsonl in it."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "sums.jsonl", SUMS)
+    write_rows(tmp_path / "sums.jsonl", SUMS)
     return save_tiny_policy(tmp_path / "policy")
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dc-trl evaluate` with an engine whose answers are known: scores, errors, options."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -9,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from known_engine import RIGHT, STDERR, SUMS, KnownEngine, evaluate, sample_files, write
+from known_engine import RIGHT, STDERR, SUMS, KnownEngine, evaluate, sample_files
 from places import ROOT
+from problems import write_rows
 from tiny import save_tiny_policy
 
 from dc_trl.commands.cli import main
@@ -61,7 +61,7 @@ def test_what_does_not_end_is_wrong(engine: KnownEngine) -> None:
 def test_a_gold_answer_that_cannot_be_parsed_is_left_out_and_said(
     engine: KnownEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(Path("sums.jsonl"), [*SUMS, {"problem": "why?", "answer": "because $ of"}])
+    write_rows(Path("sums.jsonl"), [*SUMS, {"problem": "why?", "answer": "because $ of"}])
     engine.learn(Benchmark("sums", "sums", "sums.jsonl", 4, "train"))
     assert evaluate() == 0
     (result,) = read_results("policy")
@@ -142,7 +142,7 @@ def test_errors_name_the_value_and_the_way_out(
     message: str,
 ) -> None:
     Path("empty").mkdir()
-    write(Path("adapter/adapter_config.json"), [{"peft_type": "LORA"}])
+    write_rows(Path("adapter/adapter_config.json"), [{"peft_type": "LORA"}])
     (save_tiny_policy("bare") / "chat_template.jinja").unlink()
     (save_tiny_policy("strict") / "chat_template.jinja").write_text("{{ raise_exception('alternate!') }}")
     monkeypatch.setattr("dc_trl.commands.evaluate.run.sample_benchmark", lambda *args: pytest.fail("it samples"))
@@ -163,7 +163,7 @@ def test_vllm_that_is_not_installed(
     assert "pip install 'dc-trl[vllm]'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.vllm
 def test_vllm_casts_nothing_silently(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_policy(policy, dtype="float32")
     assert evaluate() == 2

@@ -7,7 +7,8 @@ from typing import Any
 
 import datasets
 import pytest
-from known_engine import STDERR, SUMS, KnownEngine, write
+from known_engine import STDERR, SUMS, KnownEngine
+from problems import write_rows
 
 from dc_trl.commands.cli import main
 from dc_trl.commands.evaluate.benchmarks import (
@@ -27,7 +28,7 @@ def test_local_copies_of_the_papers_benchmarks(engine: KnownEngine, capsys: pyte
     """All six from local files named after them: the paper's samples, its figures beside ours, and the average."""
     files = []
     for name, benchmark in BENCHMARKS.items():
-        files.append(str(write(Path(f"{name}.jsonl"), SUMS)))
+        files.append(str(write_rows(Path(f"{name}.jsonl"), SUMS)))
         engine.learn(Benchmark(name, name, files[-1], benchmark.samples, "train"))
     arguments = ["evaluate", "--model_name_or_path", "policy", "--dataset", *files]
     assert main(arguments) == 0
@@ -97,7 +98,7 @@ HUB_ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", list(BENCHMARKS))
 def test_hub_datasets_load(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark, row = BENCHMARKS[name], HUB_ROWS[name]
-    write(tmp_path / benchmark.dataset / f"{benchmark.split}.jsonl", [row, row | {"id": 1}])
+    write_rows(tmp_path / benchmark.dataset / f"{benchmark.split}.jsonl", [row, row | {"id": 1}])
     real = datasets.load_dataset
 
     def offline(path: str, config: str | None = None, *, split: str) -> Any:
@@ -125,7 +126,7 @@ def test_samples_and_sizes_are_the_papers() -> None:
 
 def test_datasets_of_one_name_are_refused(engine: KnownEngine, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("a", "b"):
-        write(Path(folder, "sums.jsonl"), SUMS)
+        write_rows(Path(folder, "sums.jsonl"), SUMS)
     assert main(["evaluate", "--model_name_or_path", "policy", "--dataset", "a/sums.jsonl", "b/sums.jsonl"]) == 2
     assert "2 benchmarks are named sums" in capsys.readouterr().err
     named = chosen_benchmarks(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engines of `dc-trl evaluate`, each sampling a real policy whose score is known: it answers 7 to everything."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,10 +24,6 @@ from dc_trl.commands.evaluate.vllm_engines import ServerEngine
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.results import read_results
 
-needs_vllm = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]
 PROBLEMS = [("3 + 4", 7), ("2 + 2", 4), ("9 - 2", 7)]  # so two of three are answered rightly
 ANSWER = "Answer: 7"
 # After this and at this temperature the policy is far from sure of its answer: different seeds, different texts.
@@ -212,7 +207,7 @@ def test_an_interrupted_process_does_not_wait_for_the_server() -> None:
 class TestServer:
     """Against one real vLLM server on loopback."""
 
-    pytestmark = needs_vllm
+    pytestmark = pytest.mark.vllm
 
     def test_score(self, server: VLLMServer, policy: Path, data: Path, tmp_path: Path) -> None:
         flags = ["--engine", "server", "--server_base_url", f"{server.url}/v1", "--precision", "fp32"]
@@ -244,7 +239,6 @@ class TestServer:
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_in_this_process(policy: Path, data: Path, tmp_path: Path) -> None:
     # A process of its own: vLLM initialises torch.distributed and does not give it back.
     kwargs = {"enforce_eager": True, "block_size": 32, "max_model_len": 64}

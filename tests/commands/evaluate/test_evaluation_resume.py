@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from known_engine import SUMS, KnownEngine, evaluate, sample_files, write
+from known_engine import SUMS, KnownEngine, evaluate, sample_files
+from problems import write_rows
 from tiny import save_tiny_policy
 
 from dc_trl.commands.evaluate.benchmarks import Benchmark, load_problems
@@ -73,14 +74,14 @@ def test_other_settings_are_never_mixed(engine: KnownEngine, change: str) -> Non
 
 
 def test_equal_problems_are_drawn_independently(policy: Path) -> None:
-    write(Path("twice.jsonl"), [SUMS[0], SUMS[0]])
+    write_rows(Path("twice.jsonl"), [SUMS[0], SUMS[0]])
     draws = planned_draws(load_problems(Benchmark("twice", "twice", "twice.jsonl", 4, "train"), BOXED_TEMPLATE), 4, 0)
     assert len({draw.seed for draw in draws}) == 8 and len({draw.problem.hash for draw in draws}) == 1
 
 
 def test_a_changed_problem_is_drawn_again(engine: KnownEngine) -> None:
     assert evaluate() == 0
-    write(Path("sums.jsonl"), [SUMS[0], SUMS[1] | {"answer": "0.5"}, SUMS[2]])
+    write_rows(Path("sums.jsonl"), [SUMS[0], SUMS[1] | {"answer": "0.5"}, SUMS[2]])
     engine.learn(Benchmark("sums", "sums", "sums.jsonl", 4, "train"))
     assert evaluate() == 0
     assert len(engine.seen) == 12 + 4
@@ -91,7 +92,7 @@ def test_results_of_a_crash_are_passed_over(tmp_path: Path) -> None:
     assert read_results(tmp_path) == []
     line = {"benchmark": "a", "settings": "1", "mean": 0.1}
     lines = [line, line | {"mean": 0.2}, line | {"settings": "2"}, line | {"benchmark": "b"}]
-    path = write(tmp_path / "evaluation" / "results.jsonl", lines)
+    path = write_rows(tmp_path / "evaluation" / "results.jsonl", lines)
     path.write_text("null\n" + path.read_text() + '{"mean": 0.5}\ngarbage\n{"benchmark": "a", "set')
     assert read_results(tmp_path) == [lines[1], lines[2], lines[3]]
     path.write_text(path.read_text() + "\n" + json.dumps(line | {"mean": 0.3}))

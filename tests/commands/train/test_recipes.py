@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from example_scripts import load_example
 from places import ROOT
-from problems import dapo_rows, write
+from problems import dapo_rows, write_rows
 from transformers import AutoConfig
 
 from dc_trl.commands.cli import main
@@ -124,18 +124,38 @@ def test_dc_grpo_recipes_have_the_papers_values(name: str, values: dict[str, Any
         "discrepancy_metric": "prob_diff",
         "discrepancy_level": "token",
         "dual_lr": 1.0,
+        "learning_rate": 1e-6,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "beta": 0.0,
+        "num_generations": 8,
+        "max_completion_length": 8192,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "discrepancy_tolerance": None,
     }
-    shared |= {"learning_rate": 1e-6, "adam_beta1": 0.9, "adam_beta2": 0.95, "beta": 0.0, "num_generations": 8}
-    shared |= {"max_completion_length": 8192, "temperature": 1.0, "top_p": 1.0, "discrepancy_tolerance": None}
     assert shared | values == {key: recipe(name)[key] for key in shared | values}
 
 
 def test_length_decay_recipe_has_the_papers_values() -> None:
     # Appendix C of arXiv 2602.01826.
-    values = {"learning_rate": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0, "num_generations": 16, "beta": 0.0}
-    values |= {"epsilon": 0.2, "epsilon_high": 0.28, "vllm_importance_sampling_clip_max": 2.0, "num_iterations": 1}
-    values |= {"advantage_estimator": "rloo", "zero_variance_groups": "drop", "max_completion_length": 8192}
-    values |= {"length_decay": True, "length_decay_min_lr_ratio": 0.1, "temperature": 1.0}
+    values = {
+        "learning_rate": 1e-6,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "num_generations": 16,
+        "beta": 0.0,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "vllm_importance_sampling_clip_max": 2.0,
+        "num_iterations": 1,
+        "advantage_estimator": "rloo",
+        "zero_variance_groups": "drop",
+        "max_completion_length": 8192,
+        "length_decay": True,
+        "length_decay_min_lr_ratio": 0.1,
+        "temperature": 1.0,
+    }
     assert values == {key: recipe("qwen3_4b_length_decay")[key] for key in values}
 
 
@@ -157,7 +177,7 @@ def test_trl_makes_the_batches_that_the_plan_says(name: str, monkeypatch: pytest
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Invented problems in DAPO's columns, and directories with the true configurations and a tiny tokenizer."""
     folder = tmp_path_factory.mktemp("stand_ins")
-    write(folder / "dapo.parquet", dapo_rows(problems=40, repeats=3))
+    write_rows(folder / "dapo.parquet", dapo_rows(problems=40, repeats=3))
     example = load_example("make_tiny_policy")
     example.main(folder / "tiny")
     for name in ARCHITECTURES:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of seams is complete: what the source uses of others without their word for it, README and docstring agree.
+
+`test_contract.py` holds how the seams behave. A name that turns up here as missing from the list wants a look at
+whether its owner documents something else that would do; if not, it goes into the list, into the README and, if it is
+the trainer's, into the docstring of `DCGRPOTrainer`.
+"""
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from places import ROOT
+from runs import dc_trainer
+from seams import ELSEWHERE, OWNERS, seams
+from torch import nn
+from transformers import PreTrainedConfig
+from trl import TrlParser
+
+from dc_trl import DCGRPOTrainer
+
+SEAMS = {
+    "GRPOTrainer": {
+        # Overridden.
+        "_calculate_rewards",
+        "_compute_loss",
+        "_generate_and_score_completions",
+        "_get_per_token_logps_and_entropies",
+        "_load_optimizer_and_scheduler",
+        "_name",
+        "_paper",
+        "_prepare_inputs",
+        "_tag_names",
+        "create_model_card",
+        "evaluation_loop",
+        "log",
+        "save_model",
+        "training_step",
+        # Set, or swapped for a while.
+        "_last_loaded_step",
+        "temperature",
+        "use_vllm",
+        "vllm_generation",
+        "vllm_importance_sampling_correction",
+        "vllm_mode",
+        # Read; what `_logs` and `_metrics` hold is written to.
+        "_buffered_inputs",
+        "_logs",
+        "_metrics",
+        "_step",
+        "_tokenizer",
+        "accelerator",
+        "callback_handler",
+        "eos_token_ids",
+        "hub_model_id",
+        "loss_type",
+        "num_generations",
+        "num_generations_eval",
+        "num_iterations",
+        "reward_weights",
+        "state",
+    },
+    "VLLMGeneration": {
+        "_init_vllm",
+        "accelerator",
+        "generate",
+        "generation_kwargs",
+        "group_port",
+        "llm",
+        "mode",
+        "model",
+        "server_base_url",
+        "server_host",
+        "server_port",
+        "server_timeout",
+        "sync_weights",
+        "temperature",
+        "vllm_client",
+    },
+    "VLLMClient": {"get_server_info", "session"},
+    "DistributedBackend": {"fsdp_version", "gather_params"},
+    "TrlParser": {"_actions"},
+    ELSEWHERE: {
+        "_ConvNd",
+        "_commit_hash",
+        "_name_or_path",
+        "_non_persistent_buffers_set",
+        "_schedulers",
+        "accelerate.commands.launch.launch_command",
+        "accelerate.commands.launch.launch_command_parser",
+        "accelerate.utils.gather_object",
+        "accelerate.utils.is_peft_available",
+        "accelerate.utils.is_peft_model",
+        "transformers.core_model_loading.revert_weight_conversion",
+        "transformers.initialization.no_init_weights",
+        "transformers.trainer_callback.ExportableState",
+        "transformers.trainer_callback.ProgressCallback",
+        "transformers.utils.logging",
+        "trl.distributed.DistributedBackend",
+        "trl.generation.vllm_client.VLLMClient",
+        "trl.generation.vllm_generation",
+        "trl.generation.vllm_generation.LLM",
+        "trl.generation.vllm_generation.VLLMGeneration",
+        "trl.trainer.utils.add_fused_lm_head",
+        "trl.trainer.utils.get_config_model_id",
+    },
+}
+
+
+def test_the_list_is_what_the_source_uses() -> None:
+    found = seams()
+    assert set(found) == set(SEAMS)
+    for owner, names in SEAMS.items():
+        assert found[owner] - names == set(), f"of {owner}, used and not in the list"
+        assert names - found[owner] == set(), f"of {owner}, in the list and used no more"
+
+
+def test_a_trainer_has_every_attribute_of_the_list(tmp_path: Path) -> None:
+    trainer = dc_trainer(tmp_path)
+    assert {name for name in SEAMS["GRPOTrainer"] if not hasattr(trainer, name)} == set()
+
+
+def test_what_lies_elsewhere_is_there() -> None:
+    config = PreTrainedConfig()
+    module = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters())
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    chained = torch.optim.lr_scheduler.ChainedScheduler([constant])
+    assert config._name_or_path == "" and config._commit_hash is None
+    assert module._non_persistent_buffers_set == set()
+    assert issubclass(nn.Conv1d, nn.modules.conv._ConvNd)
+    assert chained._schedulers == [constant]
+    assert all(hasattr(action, "dest") for action in TrlParser([])._actions)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SEAMS[ELSEWHERE] if "." in name))
+def test_what_lies_within_their_packages_is_there(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    if attribute == "LLM":
+        pytest.importorskip("vllm")
+    assert hasattr(import_module(module), attribute)
+
+
+def listed(text: str) -> set[str]:
+    """The names in backquotes; calls without their parentheses."""
+    return {name.removesuffix("()") for name in re.findall(r"`([\w.]+(?:\(\))?)`", text)}
+
+
+def test_the_docstring_lists_the_trainers_seams() -> None:
+    text = inspect.getdoc(DCGRPOTrainer) or ""
+    items = text.partition("each held by a contract test:")[2].partition("\n\n")[2].partition("\n\n")[0]
+    heads = re.findall(r"^- (.*?)(?::|$)", items, flags=re.MULTILINE)
+    assert listed("\n".join(heads)) == SEAMS["GRPOTrainer"]
+
+
+def test_the_readme_lists_every_seam() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## How it hooks into TRL")[2]
+    rows = [line.split("|")[1] for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    names = {name for owner, held in SEAMS.items() for name in held}
+    assert listed("\n".join(rows)) - set(OWNERS) == names - set(OWNERS)
