@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DC-GRPO trainer: TRL's GRPO trainer and the discrepancy constraint between scoring and loss."""
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,10 @@ from dc_trl.importance import importance_sampling_ratio
 from dc_trl.instruments import Instruments
 from dc_trl.rollouts import factory
 from dc_trl.run_log import RunLogCallback
+from dc_trl.state import measured_with, restore, write_state
 from dc_trl.token_log import TokenLog
 
 logger = logging.get_logger(__name__)
-
-STATE_FILE = "dc_grpo_state.json"
 
 # Above this share of the advantage, the penalty is part of what the policy learns, not a nudge. Our value.
 NOTABLE_PENALTY_SHARE = 0.1
@@ -282,17 +280,12 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         # transformers pushes a checkpoint at the end of `_save_checkpoint`, so what it is to hold is written here.
         if _internal_call and output_dir is not None and self.args.should_save:
             state = self._constraint.state_dict() | {"instruments": self._instruments.state_dict()}
-            Path(output_dir, STATE_FILE).write_text(json.dumps(state))
+            write_state(Path(output_dir), state | {"measured_with": measured_with(self)})
             model_card.copy_card(Path(str(self.args.output_dir)), Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, STATE_FILE)
-        if path.exists():
-            state = json.loads(path.read_text())
-            self._constraint.load_state_dict(state)
-            self._instruments.load_state_dict(state["instruments"])
-        else:
-            self._say_once([("state", f"{checkpoint} has no {STATE_FILE}: multiplier and tolerance start anew.")])
+        if checkpoint is not None:
+            for notice in restore(self._constraint, self._instruments, Path(checkpoint), measured_with(self)):
+                if self.accelerator.is_main_process:
+                    logger.warning("DC-GRPO, resuming: %s", notice)
