@@ -36,6 +36,9 @@ from dc_trl.token_log import TokenLog
 
 logger = logging.get_logger(__name__)
 
+# TRL's word for an engine whose weights are those of no step.
+NOT_LOADED = -1
+
 # Above this share of the advantage, the penalty is part of what the policy learns, not a nudge. Our value.
 NOTABLE_PENALTY_SHARE = 0.1
 
@@ -54,6 +57,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
       and importance ratio are filled in between forward and loss. It reads `advantages`, (B,) or (B, T), and
       `importance_sampling_ratio` after that forward.
     - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends
+    - `train`, `_load_best_model`: where the engine's weights, `_last_loaded_step`, and what it sampled, `_step` and
+      `_buffered_inputs`, are no longer current
     - `log`: metrics of length-decay and of the gradient norm
     - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`: state
     - `vllm_generation`: the slot of the rollout engine, `sync_weights()` and `generate()`
@@ -109,7 +114,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
         if factory.needs_own_engine(args):
             self.use_vllm = True
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
-            self._last_loaded_step = -1
+            self._last_loaded_step = NOT_LOADED
         if self.use_vllm:
             self.vllm_generation = factory.build_engine(self, args)
         if args.length_decay:
@@ -206,6 +211,26 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             penalty = measured.get("penalty", torch.zeros_like(discrepancy))
             self._token_log.add(inputs, penalty=penalty, **columns)
 
+    # Runs
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as TRL does, from fresh rollouts: what an earlier run of this trainer left is dropped."""
+        self._forget_rollouts()
+        with factory.engine_in_use(self):
+            return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._last_loaded_step = NOT_LOADED
+
+    def _forget_rollouts(self) -> None:
+        """Drops what is current by the number of the step alone, which starts again with each run."""
+        self._last_loaded_step = NOT_LOADED
+        self._step, self._buffered_inputs = 0, None
+        self._instruments.discard()
+        if self._token_log is not None:
+            self._token_log.discard()
+
     # Iterations and logs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -221,7 +246,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as TRL does; the discrepancy is reduced once, over all batches."""
-        output = super().evaluation_loop(*args, **kwargs)
+        with factory.engine_in_use(self):
+            output = super().evaluation_loop(*args, **kwargs)
         self._finish_iteration("eval")
         return output
 

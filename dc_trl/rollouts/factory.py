@@ -74,3 +74,14 @@ def build_engine(trainer: GRPOTrainer, args: DCGRPOConfig) -> Any:
     from dc_trl.rollouts.vllm_disk import VLLMDiskGeneration
 
     return VLLMDiskGeneration.from_trainer(trainer)
+
+
+def engine_in_use(trainer: GRPOTrainer) -> AbstractContextManager[None]:
+    """The context of a training or evaluation, after which the engine holds nothing outside this process any more.
+
+    Raises:
+        RuntimeError: on entering, if another trainer's engine holds the same.
+    """
+    engine: Any = getattr(trainer, "vllm_generation", None)
+    in_use: AbstractContextManager[None] = getattr(engine, "directory_in_use", nullcontext)()
+    return in_use
