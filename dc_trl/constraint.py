@@ -153,8 +153,22 @@ class DiscrepancyTolerance:
         return {"total": self._total, "count": self._count}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Restores `state_dict()`."""
-        self._total, self._count = float(state["total"]), int(state["count"])
+        """Restores `state_dict()`.
+
+        Raises:
+            ValueError: if a stored number is negative or not finite.
+        """
+        total, count = float(state["total"]), int(state["count"])
+        if not math.isfinite(total) or total < 0 or count < 0:
+            raise ValueError(
+                f"Stored calibration is {total} over {count} batches: the checkpoint is damaged. Resume from an "
+                "earlier one."
+            )
+        self._total, self._count = total, count
+
+    def restart(self) -> None:
+        """Forgets the calibration so far."""
+        self._total, self._count = 0.0, 0
 
 
 class DiscrepancyConstraint:
@@ -231,11 +245,28 @@ class DiscrepancyConstraint:
             f"tolerance of {self.tolerance.value:.3g}. Look for a broken weight sync first, then at the tolerance."
         )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the configuration sets, under the names of its options."""
+        return {
+            "constraint": self.kind,
+            "discrepancy_tolerance": self.tolerance.given,
+            "tolerance_slack": self.tolerance.slack,
+            "tolerance_calibration_batches": self.tolerance.batches,
+            "multiplier_init": self.dual.init,
+            "multiplier_max": self.dual.maximum,
+            "dual_lr": self.dual.lr,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: λ and the calibration."""
-        return {"dual": self.dual.state_dict(), "tolerance": self.tolerance.state_dict()}
+        """What a resumed run needs: λ and the calibration, and the settings under which they came about."""
+        return {"dual": self.dual.state_dict(), "tolerance": self.tolerance.state_dict(), "settings": self.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`."""
+        """Restores λ and the calibration of `state_dict()`, whatever its settings were.
+
+        Raises:
+            ValueError: if a stored number is out of its range.
+        """
         self.dual.load_state_dict(state["dual"])
         self.tolerance.load_state_dict(state["tolerance"])

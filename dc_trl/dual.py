@@ -31,7 +31,8 @@ class DualVariable:
                 )
         if init > maximum:
             raise ValueError(f"`init` ({init}) exceeds `maximum` ({maximum}): lower `init` or raise `maximum`.")
-        self.value = float(init)
+        self.init = float(init)
+        self.value = self.init
         self.lr = float(lr)
         self.maximum = float(maximum)
 
@@ -50,6 +51,10 @@ class DualVariable:
         if math.isfinite(violation):
             self.value = min(max(self.value + self.lr * violation, 0.0), self.maximum)
         return self.value
+
+    def restart(self) -> None:
+        """Sets λ back to λ_0."""
+        self.value = self.init
 
     def state_dict(self) -> dict[str, float]:
         """The state that a resumed run needs: λ alone. `lr` and `maximum` come from the config of the run."""

@@ -2,7 +2,6 @@
 """The DC-GRPO trainer: TRL's GRPO trainer and the discrepancy constraint between scoring and loss."""
 
 import inspect
-import json
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -32,10 +31,12 @@ from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_d
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
 from dc_trl.training.replay_trainer import RouterReplayTrainer
+from dc_trl.training.state import measured_with, write_state
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "dc_grpo_state.json"
+# TRL's word for an engine whose weights are those of no step.
+NOT_LOADED = -1
 
 # Above this share of the advantage, the penalty is part of what the policy learns, not a nudge. Our value.
 NOTABLE_PENALTY_SHARE = 0.1
@@ -60,6 +61,8 @@ class DCGRPOTrainer(RouterReplayTrainer):
       (B,) or (B, T), and `importance_sampling_ratio` after that forward.
     - `training_step`, `evaluation_loop`, `_step`, `_metrics`: where a generation batch, or an evaluation, ends;
       the end of the first is also that of the backward, up to which router replay holds
+    - `train`, `_load_best_model`: where the engine's weights, `_last_loaded_step`, and what it sampled, `_step` and
+      `_buffered_inputs`, are no longer current
     - `log`, `callback_handler`, `_tokenizer`: metrics of length-decay and of the gradient norm; the token log
     - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`, `_name`, `_paper`, `_tag_names`: state, card
     - `vllm_generation`, `use_vllm`, `vllm_mode`, `_last_loaded_step`, `temperature`: the slot of the rollout engine,
@@ -121,14 +124,14 @@ class DCGRPOTrainer(RouterReplayTrainer):
         self._said: set[str] = set()
         self._faulty_rows: dict[int, str] = {}  # of the last `rollout_func`'s output
         self._rollout_lengths: list[float] = []  # of the optimizer step at hand
-        engine = engine_of(vars(args))
+        self._engine = engine = engine_of(vars(args))
         hidden = temporary_attributes(args, use_vllm=args.use_vllm and not engine.is_ours)
         with hidden, engine.construction(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if engine.is_ours:
             self.use_vllm = True
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
-            self._last_loaded_step = -1
+            self._last_loaded_step = NOT_LOADED
         if self.use_vllm:
             self.vllm_generation = engine.build(self, args)
         self._handle_dropout()
@@ -288,6 +291,26 @@ class DCGRPOTrainer(RouterReplayTrainer):
             raise FloatingPointError(f"{message}. `constraint='none'` trains on, as TRL does.")
         self._say_once([("non-finite", f"{message}.")])
 
+    # Runs
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as TRL does, from fresh rollouts: what an earlier run of this trainer left is dropped."""
+        self._forget_rollouts()
+        with self._engine.in_use(self):
+            return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._last_loaded_step = NOT_LOADED
+
+    def _forget_rollouts(self) -> None:
+        """Drops what is current by the number of the step alone, which starts again with each run."""
+        self._last_loaded_step = NOT_LOADED
+        self._step, self._buffered_inputs = 0, None
+        self._instruments.discard()
+        if self._token_log is not None:
+            self._token_log.discard()
+
     # Iterations and logs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -312,7 +335,8 @@ class DCGRPOTrainer(RouterReplayTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as TRL does; the discrepancy is reduced once, over all batches."""
-        output = super().evaluation_loop(*args, **kwargs)
+        with self._engine.in_use(self):
+            output = super().evaluation_loop(*args, **kwargs)
         self._finish_iteration("eval")
         return output
 
@@ -373,20 +397,15 @@ class DCGRPOTrainer(RouterReplayTrainer):
         # transformers pushes a checkpoint at the end of `_save_checkpoint`, so what it is to hold is written here.
         if _internal_call and output_dir is not None and self.args.should_save:
             state = self._constraint.state_dict() | {"instruments": self._instruments.state_dict()}
-            Path(output_dir, STATE_FILE).write_text(json.dumps(state))
+            write_state(Path(output_dir), state | {"measured_with": measured_with(self)})
             model_card.copy_card(Path(str(self.args.output_dir)), Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, STATE_FILE)
-        if path.exists():
-            state = json.loads(path.read_text())
-            self._constraint.load_state_dict(state)
-            self._instruments.load_state_dict(state["instruments"])
-        else:
-            self._say_once([("state", f"{checkpoint} has no {STATE_FILE}: multiplier and tolerance start anew.")])
+        if checkpoint is not None:
+            for notice in restore(self._constraint, self._instruments, Path(checkpoint), measured_with(self)):
+                if self.accelerator.is_main_process:
+                    logger.warning("DC-GRPO, resuming: %s", notice)
 
 
 def _without_rows(batch: dict[str, Any], rows: list[int]) -> Tensor:

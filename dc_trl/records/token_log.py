@@ -81,6 +81,10 @@ class TokenLog:
         """What was collected becomes the iteration that `write` writes."""
         self._complete, self._collected = self._collected, []
 
+    def discard(self) -> None:
+        """Forgets an iteration that has not ended, of a training that was cut off, and one that was not written."""
+        self._collected, self._complete = [], []
+
     def write(self, step: int, gather: Callable[[list[Any]], list[Any]], decode: Decode | None) -> None:
         """Writes `tokens/tokens_{step:05d}.parquet` in one piece, unless nothing was collected. A collective.
 

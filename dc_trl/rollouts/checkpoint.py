@@ -9,9 +9,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +21,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 SHARD_BYTES = 4 * 2**30
 """Tensors are collected in CPU memory up to this size before they are written."""
+
+SYNC_FOLDER = "_weight_sync"
+"""Where a trainer's checkpoints go in its output directory. transformers pushes nothing that starts with `_`."""
 
 _NAME = re.compile(r"policy-(\d{8})")
 _BLOCK = re.compile(r".*?\.\d+\.")
@@ -61,6 +66,44 @@ def remove_old_checkpoints(root: Path, keep: int = 2) -> None:
     complete = sorted(path for path in root.glob("policy-*") if _NAME.fullmatch(path.name))
     for path in [*complete[: len(complete) - keep], *root.glob(".policy-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_checkpoints(root: Path) -> None:
+    """Delete all checkpoints under `root`, and `root` itself unless it holds anything else."""
+    remove_old_checkpoints(root, keep=0)
+    with suppress(OSError):
+        root.rmdir()
+
+
+def lock_beside(root: Path) -> FileLock:
+    """The lock of a directory of checkpoints, which one process at a time may write and clear. Not acquired.
+
+    The file lies beside the directory, not in it, since the directory goes and comes. The operating system gives the
+    lock back when its process dies, however it dies.
+    """
+    return FileLock(root.with_name(f"{root.name}.lock"), timeout=0, thread_local=False)
+
+
+@contextmanager
+def holding(lock: FileLock, root: Path) -> Iterator[None]:
+    """Holds the lock of `root`; one that is held already is held on.
+
+    Raises:
+        RuntimeError: another trainer holds it.
+        OSError: the lock's file cannot be written.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RuntimeError(
+            f"Another trainer is writing its weights to {root}, and each would delete the other's. Give this one an "
+            "`output_dir` of its own, or wait for the end of the other, or stop it."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _blocks(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -12,13 +12,24 @@ have no authentication (see `dc_trl.rollouts.vllm_server`), so keep the port on 
 """
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from dc_trl.rollouts.checkpoint import next_checkpoint, remove_old_checkpoints, write_checkpoint
+from dc_trl.rollouts.checkpoint import (
+    SYNC_FOLDER,
+    holding,
+    lock_beside,
+    next_checkpoint,
+    remove_checkpoints,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
 from dc_trl.rollouts.vllm_server import (
     PatientAdapter,
     check_logprobs_mode,
@@ -36,6 +47,9 @@ _SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "ma
 class VLLMDiskGeneration(VLLMGeneration):
     """TRL's vLLM server engine with the weights sent over disk instead of NCCL.
 
+    One trainer at a time may use `sync_dir`, held by a lock of the operating system's: while it trains or evaluates
+    (`directory_in_use`), and for the length of any other sync.
+
     The main process talks to the server and the others wait for it; under FSDP2 and ZeRO-3 all of them gather, one
     module at a time. A server that dies raises `ConnectionError` after at most about `server_timeout` seconds. A
     server started again is brought up to date by the first `sync_weights` of the resumed run.
@@ -46,17 +60,21 @@ class VLLMDiskGeneration(VLLMGeneration):
     Args:
         *args: as for `VLLMGeneration`.
         sync_dir: directory for the policy's checkpoints, which the server must find under the same absolute path.
-            The last two are kept.
+            The last two are kept, until the end of `directory_in_use`.
         **kwargs: as for `VLLMGeneration`; `mode` must be `"server"`.
+
+    Raises:
+        RuntimeError: another trainer uses `sync_dir`.
     """
 
     def __init__(self, *args: Any, sync_dir: str | os.PathLike[str], **kwargs: Any) -> None:
         self.sync_dir = Path(sync_dir).absolute()
+        self._lock = lock_beside(self.sync_dir)
         super().__init__(*args, **kwargs)
 
     @classmethod
     def from_trainer(cls, trainer: Any) -> "VLLMDiskGeneration":
-        """The engine that a GRPO trainer's arguments describe, with checkpoints in `output_dir/weight_sync`."""
+        """The engine that a GRPO trainer's arguments describe, with checkpoints in `output_dir/_weight_sync`."""
         args = trainer.args
         return cls(
             trainer.model,
@@ -69,7 +87,7 @@ class VLLMDiskGeneration(VLLMGeneration):
             server_port=args.vllm_server_port,
             server_timeout=args.vllm_server_timeout,
             generation_kwargs=args.generation_kwargs,
-            sync_dir=Path(args.output_dir) / "weight_sync",
+            sync_dir=Path(args.output_dir) / SYNC_FOLDER,
             **{name: getattr(trainer, name) for name in _SAMPLING},
         )
 
@@ -81,6 +99,8 @@ class VLLMDiskGeneration(VLLMGeneration):
             )
         self.base_url = (self.server_base_url or f"http://{self.server_host}:{self.server_port}").rstrip("/")
         if self.accelerator.is_main_process:
+            with holding(self._lock, self.sync_dir):  # is refused now, rather than after the data has loaded
+                pass
             self.vllm_client = VLLMClient(
                 base_url=self.base_url, group_port=self.group_port, connection_timeout=self.server_timeout
             )
@@ -95,20 +115,42 @@ class VLLMDiskGeneration(VLLMGeneration):
 
         Raises:
             ConnectionError: the server is gone, or failed to load the weights.
-            RuntimeError: the server refused to load them, or to reset its prefix cache.
+            RuntimeError: the server refused to load them, or to reset its prefix cache; or another trainer uses
+                `sync_dir`.
             OSError: `sync_dir` cannot be written.
         """
-        weights = iter_policy_weights(self.model, self.accelerator)
         if self.accelerator.is_main_process:
-            directory = next_checkpoint(self.sync_dir)
-            write_checkpoint(directory, plain_model(self.model, self.accelerator), weights)
-            with explain_failure(self.base_url, f"loading the weights in {directory}, which it must be able to read"):
-                reload_weights(self.vllm_client.session, self.base_url, directory)
-            remove_old_checkpoints(self.sync_dir)
+            with holding(self._lock, self.sync_dir):
+                self._send(iter_policy_weights(self.model, self.accelerator))
         else:
-            for _ in weights:  # takes part in gathering the shards
+            for _ in iter_policy_weights(self.model, self.accelerator):  # takes part in gathering the shards
                 pass
         self.accelerator.wait_for_everyone()
+
+    def _send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        directory = next_checkpoint(self.sync_dir)
+        write_checkpoint(directory, plain_model(self.model, self.accelerator), weights)
+        with explain_failure(self.base_url, f"loading the weights in {directory}, which it must be able to read"):
+            reload_weights(self.vllm_client.session, self.base_url, directory)
+        remove_old_checkpoints(self.sync_dir)
+
+    @contextmanager
+    def directory_in_use(self) -> Iterator[None]:
+        """The context of a training or evaluation: keeps other trainers off `sync_dir`, and at its end clears it.
+
+        Within another such context it does nothing, and so on processes other than the main one.
+
+        Raises:
+            RuntimeError: on entering, if another trainer uses `sync_dir`.
+        """
+        if self._lock.is_locked or not self.accelerator.is_main_process:
+            yield
+            return
+        with holding(self._lock, self.sync_dir):
+            try:
+                yield
+            finally:
+                remove_checkpoints(self.sync_dir)
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As `VLLMGeneration.generate`; a server that is gone raises `ConnectionError` with the way out."""

@@ -53,4 +53,9 @@ class Instruments:
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Restores `state_dict()`."""
-        self._grad_norm = state["grad_norm"]
+        norm = state["grad_norm"]
+        self._grad_norm = None if norm is None else float(norm)
+
+    def discard(self) -> None:
+        """Forgets the iterations that have not ended, of a training or evaluation that was cut off."""
+        self._summaries = {"train": [], "eval": []}

@@ -135,9 +135,34 @@ def sharded(directory: Path, world_size: int) -> dict[str, Any]:
     return result
 
 
-def shard_with_fsdp2() -> None:
+def sharded_files(directory: Path, world_size: int) -> dict[str, Any]:
+    """`sharded` with each rank writing its own shards; leaves a checkpoint after step 2."""
+    shard_with_fsdp2("SHARDED_STATE_DICT")
+    save_model = DCGRPOTrainer.save_model
+
+    def save_in_step(self: DCGRPOTrainer, *args: Any, **kwargs: Any) -> None:
+        save_model(self, *args, **kwargs)
+        torch.distributed.barrier()  # or a fast rank 1, which makes the directory for its shards, would help rank 0
+
+    DCGRPOTrainer.save_model = save_in_step
+    result = train(directory, world_size, save_strategy="steps", save_steps=2, constraint="lagrangian")
+    DCGRPOTrainer.save_model = save_model
+    assert result["sharded"]
+    return result
+
+
+def sharded_resumed(directory: Path, world_size: int) -> dict[str, Any]:
+    """`sharded_files` again from its checkpoint."""
+    shard_with_fsdp2("SHARDED_STATE_DICT")
+    checkpoint = directory.with_name("sharded_files") / "checkpoint-2"
+    result = train(directory, world_size, resume=str(checkpoint), constraint="lagrangian")
+    assert result["sharded"]
+    return result
+
+
+def shard_with_fsdp2(state_dict: str = "FULL_STATE_DICT") -> None:
     """Has Accelerate use FSDP2 for gloo ranks on the CPU, where torch has it but Accelerate 1.15 insists on DDP."""
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict}
     os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
     init = AcceleratorState.__init__
 
@@ -151,7 +176,18 @@ def shard_with_fsdp2() -> None:
 
 
 RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
-    run.__name__: run for run in (replayed, truncated, environment, engine, resumed, routed, sharded)
+    run.__name__: run
+    for run in (
+        replayed,
+        truncated,
+        environment,
+        engine,
+        resumed,
+        routed,
+        sharded,
+        sharded_files,
+        sharded_resumed,
+    )
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that talk to the Hub stand-in (tests/trainer/test_hub.py), in a process of their own: `hub_run.py FOLDER`."""
+"""Runs that talk to the Hub stand-in of tests/trainer/test_hub.py: `hub_run.py FOLDER [URL of a vLLM server]`."""
 
 import json
 import sys
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from runs import PROMPTS, dc_trainer
+from runs import PROMPTS, dc_trainer, replayed_rollouts
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.generation import vllm_client
 
 REPOSITORY = "tester/tiny-dc"
 REFUSING = "tester/read-only"
@@ -60,6 +61,30 @@ def refused(folder: Path) -> dict[str, Any]:
     return said
 
 
+def push_synced(folder: Path, url: str) -> None:
+    """Trains with weights over disk to the server at `url`, which may be a stub, and pushes every checkpoint."""
+    vllm_client.is_vllm_available = lambda: True
+    trainer = dc_trainer(
+        folder / "run",
+        use_vllm=True,
+        vllm_mode="server",
+        weight_sync="disk",
+        vllm_server_base_url=url,
+        vllm_server_timeout=5,
+        rollout_func=replayed_rollouts(),
+        push_to_hub=True,
+        hub_model_id=REPOSITORY,
+        hub_always_push=True,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        push_synced(place, sys.argv[2])
+        sys.exit()
     (place / "result.json").write_text(json.dumps(push(place) | {"refused": refused(place)}))

@@ -20,6 +20,8 @@ PARAMETERS = {
     "_compute_loss": ["model", "inputs"],
     "_prepare_inputs": ["generation_batch"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
+    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "_load_best_model": [],
     "save_model": ["output_dir", "_internal_call"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_get_per_token_logps_and_entropies": [

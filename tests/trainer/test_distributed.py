@@ -132,3 +132,14 @@ def test_fsdp2_ranks_agree_and_start_as_unsharded_ones(
         updates(unsharded)[0]["dc/discrepancy/mean"], rel=1e-6
     )
     assert updates(first)[0]["reward"] == updates(unsharded)[0]["reward"]
+
+
+def test_fsdp2_ranks_that_write_their_own_shards_save_and_resume(tmp_path: Path) -> None:
+    # Here nothing has made the checkpoint's directory before the trainer's state is written.
+    for rank in launch(tmp_path, "sharded_files", "sharded_resumed"):
+        whole, resumed = rank["sharded_files"], rank["sharded_resumed"]
+        assert torch.equal(resumed["weights"], whole["weights"])
+        assert resumed["multiplier"] == whole["multiplier"] != 0.1
+        assert resumed["tolerance"] == whole["tolerance"] is not None
+    assert (tmp_path / "sharded_files/checkpoint-2/pytorch_model_fsdp_0/__1_0.distcp").is_file()
+    assert not list((tmp_path / "sharded_files").glob("**/.*.tmp"))

@@ -76,3 +76,11 @@ class Engine(ABC):
     @abstractmethod
     def build(self, trainer: Any, args: Any) -> Any:
         """What goes into `trainer.vllm_generation`: `sync_weights()` and `generate()`; TRL's own, or ours."""
+
+    def in_use(self, trainer: Any) -> AbstractContextManager[None]:
+        """The context of a training or evaluation, after which the engine holds nothing outside this process any more.
+
+        Raises:
+            RuntimeError: on entering, if another trainer's engine holds the same.
+        """
+        return nullcontext()
