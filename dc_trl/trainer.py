@@ -31,7 +31,7 @@ from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_d
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
 from dc_trl.training.replay_trainer import RouterReplayTrainer
-from dc_trl.training.state import measured_with, write_state
+from dc_trl.training.state import measured_with, restore, write_state
 
 logger = logging.get_logger(__name__)
 
