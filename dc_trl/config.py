@@ -25,6 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "zero_variance_groups": ("keep", "drop"),
     "rollout_backend": ("vllm", "transformers"),
     "weight_sync": ("nccl", "disk"),
+    "sync_rounding": ("auto", "nearest", "dither"),
 }
 
 # Sampling parameters at which the processed distribution is softmax(logits / temperature), which the trainer computes.
@@ -135,6 +136,13 @@ class DCGRPOConfig(GRPOConfig):
         "How a vLLM server gets the weights: `nccl` (TRL's), or `disk`, through a checkpoint that it reloads.",
         choices=["nccl", "disk"],
     )
+    sync_rounding: str = _option(
+        "auto",
+        "How weights are rounded for the sampler: `nearest`, which loses updates of less than half a step of its "
+        "format; `dither`, by which they arrive in expectation; `auto`: dithered to bf16, fp16 and fp8 where the "
+        "trainer multiplies with finer weights, to nearest under autocast or FSDP's mixed precision.",
+        choices=["auto", "nearest", "dither"],
+    )
 
     @property
     def extra_sampling_parameters(self) -> dict[str, Any]:
@@ -221,6 +229,25 @@ class DCGRPOConfig(GRPOConfig):
             raise ValueError(
                 "`weight_sync` is 'disk', which serves a vLLM server only. Set `use_vllm=True` and "
                 "`vllm_mode='server'`, or leave it at 'nccl'."
+            )
+
+        self._check_rounding()
+
+    def _check_rounding(self) -> None:
+        if self.sync_rounding != "dither":
+            return
+        if self.rollout_backend == "transformers":
+            if self.rollout_precision is None:
+                raise ValueError(
+                    "`sync_rounding` is 'dither' with `rollout_precision=None`, which samples from the weights as "
+                    "trained: nothing is rounded. Set `rollout_precision`, for example 'bf16', or leave "
+                    "`sync_rounding` at 'auto'."
+                )
+        elif not self.use_vllm:
+            raise ValueError(
+                "`sync_rounding` is 'dither', but `transformers.generate` samples from the weights in training: there "
+                "is no sync to round at. Set `use_vllm=True` or `rollout_backend='transformers'`, or leave it at "
+                "'auto'."
             )
 
     def _set_up_rloo(self) -> None:

@@ -5,9 +5,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from torch import nn
 from trl import GRPOTrainer
 
 from dc_trl.config import DCGRPOConfig
+from dc_trl.rollouts.quantization import INTEGER_BITS
+from dc_trl.rollouts.rounding import Dither
+from dc_trl.rollouts.weights import plain_model
 
 
 def needs_own_engine(args: DCGRPOConfig) -> bool:
@@ -49,15 +56,13 @@ def colocated_engine_arguments(args: DCGRPOConfig) -> AbstractContextManager[Non
 
 def build_engine(trainer: GRPOTrainer, args: DCGRPOConfig) -> Any:
     """The engine for `trainer.vllm_generation`: one of this package's, or TRL's, adapted where it needs to be."""
+    policy: Any = trainer.model
+    dither = choose_dither(args, trainer.accelerator, policy)
     if not needs_own_engine(args):
-        from dc_trl.rollouts.vllm_colocate import prepare_colocated_engine
-
-        prepare_colocated_engine(trainer.vllm_generation, "quantization" in (args.vllm_engine_kwargs or {}))
-        return trainer.vllm_generation
+        return _adapt(trainer.vllm_generation, args, dither)
     if args.rollout_backend == "transformers":
         from dc_trl.rollouts.transformers import TransformersGeneration
 
-        policy: Any = trainer.model
         return TransformersGeneration(
             policy,
             trainer.accelerator,
@@ -70,7 +75,53 @@ def build_engine(trainer: GRPOTrainer, args: DCGRPOConfig) -> Any:
                 **{name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
                 **args.extra_sampling_parameters,
             },
+            dither=dither,
         )
     from dc_trl.rollouts.vllm_disk import VLLMDiskGeneration
 
-    return VLLMDiskGeneration.from_trainer(trainer)
+    return VLLMDiskGeneration.from_trainer(trainer, dither)
+
+
+def _adapt(engine: Any, args: DCGRPOConfig, dither: Dither | None) -> Any:
+    """TRL's vLLM engine with weights that are rounded and measured on their way to it."""
+    from dc_trl.rollouts.handover import Handover, hand_over, served_dtype
+    from dc_trl.rollouts.vllm_colocate import prepare_colocated_engine
+
+    if engine.mode == "colocate":
+        dtype = served_dtype(engine.llm.llm_engine.model_config)
+    elif engine.accelerator.is_main_process:
+        dtype = served_dtype(engine.vllm_client.get_server_info()["model_config"])
+    else:
+        dtype = torch.float32  # of the other processes, which only take part in gathering the weights
+    handover = Handover(plain_model(engine.model, engine.accelerator), dtype, dither)
+    prepare_colocated_engine(engine, handover, "quantization" in (args.vllm_engine_kwargs or {}))
+    hand_over(engine, handover)
+    return engine
+
+
+def choose_dither(args: DCGRPOConfig, accelerator: Accelerator, model: nn.Module) -> Dither | None:
+    """The dither that `args.sync_rounding` asks for, None for rounding to nearest.
+
+    `auto` dithers where the training forward multiplies with finer weights than the sampler's, so that what it has
+    learnt would be lost in the rounding: float32 and TF32; and adapters, which a sampler gets merged and rounded while
+    the trainer adds their product to that of the base layer. Under autocast, or FSDP2's mixed precision, the forward
+    rounds the weights to nearest as well: the two sides lag alike, and a dithered sampler would move away. `auto` does
+    not dither integers: it takes away the bias there, but the discrepancy is no smaller (see docs/engines.md).
+    """
+    if args.sync_rounding == "nearest":
+        return None
+    if args.sync_rounding == "auto":
+        rounds_alike = forward_rounds_weights(accelerator) and not is_peft_model(model)
+        if rounds_alike or args.rollout_precision in INTEGER_BITS:
+            return None
+    return Dither(args.seed)
+
+
+def forward_rounds_weights(accelerator: Accelerator) -> bool:
+    """Whether the training forward multiplies with 16-bit roundings of finer weights."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    return accelerator.mixed_precision != "no" or getattr(policy, "param_dtype", None) in (
+        torch.bfloat16,
+        torch.float16,
+    )

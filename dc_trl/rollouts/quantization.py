@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from dc_trl.rollouts.rounding import Dither, round_to_format
+from dc_trl.rollouts.update_seen import UpdateSeen
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,18 @@ def real_weight(weight: torch.Tensor, precision: str) -> nn.Parameter:
     return nn.Parameter(holder.weight, requires_grad=False)
 
 
+def _set_int8_codes(parameter: Any, weight: torch.Tensor) -> None:
+    """Give torchao's int8 weight the codes and scales of a `weight` (output, input) that `fake_quantize` rounded.
+
+    torchao's own scale has 127.5 codes to the peak, not 127, so that it would round those weights once more. For
+    float8 the two agree.
+    """
+    peak = weight.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(peak > 0, peak / _largest_code("int8"), torch.ones_like(peak))
+    parameter.qdata.copy_((weight / scale).round())
+    parameter.scale.copy_(scale)
+
+
 def supports_real_weights(precision: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torchao's weights of this precision multiply correctly on this device; False means fake quantisation.
 
@@ -175,6 +188,7 @@ class PolicyCopy:
         model: the copy, in eval mode, without gradients.
         quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
             simulated fused experts).
+        metrics: how much of the training the last `load` brought, see `UpdateSeen.finish`.
     """
 
     def __init__(
@@ -184,12 +198,14 @@ class PolicyCopy:
         self.precision = precision
         self.device = device
         self.dither = dither
+        self.metrics: dict[str, float] = {}
         trained = _trained_dtype(live)
         self.dtype = compute_dtype(precision, trained, device)
         self.model = _build_like(live, self.dtype, device)
         if live.get_output_embeddings().weight.dtype == torch.float32 != trained and self.dtype != torch.float32:
             _keep_head_in_float32(self.model)
         self._names = {name for name, _ in self.model.named_parameters()}
+        self.meter = UpdateSeen({name: parameter.numel() for name, parameter in self.model.named_parameters()})
         self._quantized: set[str] = set()
         self._real: set[str] = set()
         self.quantization = "none" if precision is None else "cast"
@@ -218,11 +234,14 @@ class PolicyCopy:
         for name, tensor in tensors:
             missing.discard(name)
             self._store(name, tensor)
+            if self.meter.wants(name):
+                self.meter.observe(name, tensor, self.deployed(name))
         if missing:
             raise ValueError(
                 f"the live model gave no value for {', '.join(sorted(missing))}. If an adapter sits on one of two "
                 "tied matrices, target other layers, or load the model with tie_word_embeddings=False."
             )
+        self.metrics = self.meter.finish()
 
     def _store(self, name: str, tensor: torch.Tensor) -> None:
         prefix, _, leaf = name.rpartition(".")
@@ -248,12 +267,15 @@ class PolicyCopy:
             return real_weight(tensor.to(self.device, self.dtype, copy=True), str(self.precision))
         tensor = tensor.to(self.device)
         weight = fake_quantize(tensor, str(self.precision), self._noise(name, tensor))
-        return real_weight(weight.to(self.dtype), str(self.precision))
+        parameter = real_weight(weight.to(self.dtype), str(self.precision))
+        if self.precision == "int8":
+            _set_int8_codes(parameter, weight)
+        return parameter
 
     def deployed(self, name: str) -> torch.Tensor:
         """A parameter's values as they sample, dequantised where they are quantised; for measurements."""
         parameter = self.model.get_parameter(name)
-        return parameter.dequantize() if name in self._real else parameter  # type: ignore[operator]
+        return parameter.dequantize() if name in self._real else parameter
 
 
 def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

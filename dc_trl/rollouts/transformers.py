@@ -8,6 +8,7 @@ Shapes: n unfinished sequences, P tokens of the longest prompt, T completion tok
 """
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from dc_trl.rollouts.quantization import PolicyCopy
+from dc_trl.rollouts.rounding import Dither
+from dc_trl.rollouts.update_seen import UpdateSeen
 from dc_trl.rollouts.weights import iter_policy_weights
 
 logger = logging.getLogger(__name__)
@@ -59,11 +62,13 @@ class TransformersGeneration:
         generation_batch_size: most sequences decoded at once, to bound the KV cache; by default all of them.
         generation_kwargs: sampling options; only neutral values are accepted.
         seed: seed of a private generator; None draws from torch's global one.
+        dither: rounds the copy's weights with a fixed dither; None rounds to nearest.
 
     Attributes:
         policy: the engine's own model, in eval mode, with the weights that sample.
         quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
             simulated fused experts); for logs.
+        sync_metrics: how much of the training the last `sync_weights` brought, see `UpdateSeen.finish`.
 
     Raises:
         ValueError: unknown precision, temperature not above 0, unsupported option, or nothing to quantise.
@@ -82,6 +87,7 @@ class TransformersGeneration:
         generation_batch_size: int | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
+        dither: Dither | None = None,
     ) -> None:
         check_sampling(temperature, max_completion_length, generation_kwargs or {})
         self.model = model
@@ -93,7 +99,7 @@ class TransformersGeneration:
         self._device = accelerator.device
         unwrapped: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
         live: PreTrainedModel = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
-        self._copy = PolicyCopy(live, precision, self._device)
+        self._copy = PolicyCopy(live, precision, self._device, dither)
         self.policy = self._copy.model
         self.quantization = self._copy.quantization
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -102,6 +108,7 @@ class TransformersGeneration:
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any id will do
         self._generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         self._synced = False
+        self.sync_metrics: dict[str, float] = {}
         logger.info("rollout precision %s, quantisation %s", precision or "as trained", self.quantization)
 
     def sync_weights(self) -> None:
@@ -114,7 +121,24 @@ class TransformersGeneration:
             ValueError: an adapter on tied embeddings.
         """
         self._copy.load(iter_policy_weights(self.model, self.accelerator))
+        self.sync_metrics = self._copy.metrics
         self._synced = True
+
+    @property
+    def update_seen(self) -> UpdateSeen:
+        """What measures how much of the training the syncs bring."""
+        return self._copy.meter
+
+    @property
+    def deployed_dtype(self) -> torch.dtype:
+        """The dtype in which the copy multiplies."""
+        return self._copy.dtype
+
+    def deployed_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Synchronise, and yield every parameter as it samples, dequantised; collective as `sync_weights` is."""
+        self.sync_weights()
+        for name, _ in self.policy.named_parameters():
+            yield name, self._copy.deployed(name)
 
     def generate(
         self,
