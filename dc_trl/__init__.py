@@ -5,16 +5,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dc_trl.callbacks import LengthDecayCallback as LengthDecayCallback
     from dc_trl.config import DCGRPOConfig as DCGRPOConfig
     from dc_trl.trainer import DCGRPOTrainer as DCGRPOTrainer
+    from dc_trl.training.length_decay_callback import LengthDecayCallback as LengthDecayCallback
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "DCGRPOConfig": "dc_trl.config",
     "DCGRPOTrainer": "dc_trl.trainer",
-    "LengthDecayCallback": "dc_trl.callbacks",
+    "LengthDecayCallback": "dc_trl.training.length_decay_callback",
 }
 
 __all__ = ["DCGRPOConfig", "DCGRPOTrainer", "LengthDecayCallback"]

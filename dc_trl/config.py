@@ -7,9 +7,11 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from dc_trl.advantage import CONSTRAINTS, DISCREPANCY_LEVELS
+from dc_trl.constraint import CONSTRAINTS, DISCREPANCY_LEVELS
 from dc_trl.discrepancy import DISCREPANCY_METRICS
 from dc_trl.length_decay import check_factor, check_min_ratio, check_period
+from dc_trl.rollouts.engines import BACKENDS, engine_of
+from dc_trl.rollouts.sampling_options import ANY_ENGINE, IN_PROCESS, VLLM, check_decoding, objection
 
 ROLLOUT_PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4", "int3")
 
@@ -23,23 +25,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "discrepancy_average": ("trajectory", "token"),
     "advantage_estimator": ("grpo", "rloo"),
     "zero_variance_groups": ("keep", "drop"),
-    "rollout_backend": ("vllm", "transformers"),
+    "rollout_backend": BACKENDS,
     "weight_sync": ("nccl", "disk"),
     "sync_rounding": ("auto", "nearest", "dither"),
-}
-
-# Sampling parameters at which the processed distribution is softmax(logits / temperature), which the trainer computes.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_p": (1.0,),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0.0),
-    "repetition_penalty": (1.0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "logit_bias": (None, {}),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None,),
-    "structured_outputs": (None,),
 }
 
 
@@ -116,7 +104,7 @@ class DCGRPOConfig(GRPOConfig):
         "vllm",
         "Engine that samples: `vllm` (TRL's, with `use_vllm=True`) or `transformers`, a copy of the policy in this "
         "process, in `rollout_precision`.",
-        choices=["vllm", "transformers"],
+        choices=list(BACKENDS),
     )
     rollout_precision: str | None = _option(
         None, "Precision of the sampling copy; None: as trained.", choices=[None, *ROLLOUT_PRECISIONS]
@@ -149,6 +137,11 @@ class DCGRPOConfig(GRPOConfig):
         """`generation_kwargs` as the dict that TRL makes of it."""
         return self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
 
+    @property
+    def completion_limit(self) -> int:
+        """Most tokens of a completion in the in-process engine, which needs a bound: if none is given, TRL's 256."""
+        return 256 if self.max_completion_length is None else int(self.max_completion_length)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, allowed in _CHOICES.items():
@@ -161,8 +154,9 @@ class DCGRPOConfig(GRPOConfig):
             self._set_up_rloo()
         if self.zero_variance_groups == "drop":
             self._check_dropping()
-        if self.constraint != "none":
+        if self.constraint != "none" or self.rollout_backend == "transformers":
             self._check_sampling()
+        if self.constraint != "none":
             self._check_loss()
 
     def _check_numbers(self) -> None:
@@ -195,19 +189,13 @@ class DCGRPOConfig(GRPOConfig):
         if self.rollout_precision is not None and self.rollout_precision not in ROLLOUT_PRECISIONS:
             raise ValueError(
                 f"`rollout_precision` is {self.rollout_precision!r}, which is unknown: use one of "
-                f"{ROLLOUT_PRECISIONS}, or None for the precision of training."
+                f"{ROLLOUT_PRECISIONS}, or leave it unset for the precision of training."
             )
-        if self.rollout_backend == "transformers":
-            for name in ("use_vllm", "use_transformers_continuous_batching"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"`rollout_backend` is 'transformers' and `{name}` is True: two engines would sample. Set "
-                        f"`{name}=False`, or leave `rollout_backend` at 'vllm'."
-                    )
-        elif self.rollout_precision is not None:
+        engine_of(vars(self)).check_config(self)
+        if self.rollout_backend == "vllm" and self.rollout_precision is not None:
             raise ValueError(
                 f"`rollout_precision` is {self.rollout_precision!r} with vLLM, which takes its precision from the "
-                "server's or engine's own start-up options (for example `--quantization fp8`). Leave it at None, or "
+                "server's or engine's own start-up options (for example `--quantization fp8`). Leave it unset, or "
                 "use `rollout_backend='transformers'`."
             )
         if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):
@@ -215,39 +203,23 @@ class DCGRPOConfig(GRPOConfig):
                 f"`vllm_engine_kwargs` is {self.vllm_engine_kwargs}, which only a colocated engine can take. Set "
                 "`use_vllm=True` and `vllm_mode='colocate'`, or start the server with these options."
             )
-        if "quantization" in (self.vllm_engine_kwargs or {}) and self.vllm_enable_sleep_mode:
-            raise ValueError(
-                "`vllm_enable_sleep_mode` is True with a quantised engine, whose weights TRL cannot restore after a "
-                "sleep. Set `vllm_enable_sleep_mode=False`, or leave `quantization` out of `vllm_engine_kwargs`."
-            )
-        if self.loss_type == "vespo" and self.vllm_importance_sampling_mode.startswith("sequence"):
-            raise ValueError(
-                f"`vllm_importance_sampling_mode` is {self.vllm_importance_sampling_mode!r} with `loss_type='vespo'`, "
-                "which needs one ratio per token. Use 'token_truncate' or 'token_mask'."
-            )
         if self.weight_sync == "disk" and not (self.use_vllm and self.vllm_mode == "server"):
             raise ValueError(
                 "`weight_sync` is 'disk', which serves a vLLM server only. Set `use_vllm=True` and "
-                "`vllm_mode='server'`, or leave it at 'nccl'."
+                "`vllm_mode='server'`, or leave it unset."
             )
+        self._check_vespo()
 
-        self._check_rounding()
-
-    def _check_rounding(self) -> None:
-        if self.sync_rounding != "dither":
+    def _check_vespo(self) -> None:
+        """TRL's own check of its correction, for the engines that TRL does not build and so does not check."""
+        unseen = self.rollout_backend == "transformers" or self.weight_sync == "disk"
+        mode = self.vllm_importance_sampling_mode
+        if self.loss_type != "vespo" or not (unseen and self.vllm_importance_sampling_correction):
             return
-        if self.rollout_backend == "transformers":
-            if self.rollout_precision is None:
-                raise ValueError(
-                    "`sync_rounding` is 'dither' with `rollout_precision=None`, which samples from the weights as "
-                    "trained: nothing is rounded. Set `rollout_precision`, for example 'bf16', or leave "
-                    "`sync_rounding` at 'auto'."
-                )
-        elif not self.use_vllm:
+        if mode not in ("token_truncate", "token_mask"):
             raise ValueError(
-                "`sync_rounding` is 'dither', but `transformers.generate` samples from the weights in training: there "
-                "is no sync to round at. Set `use_vllm=True` or `rollout_backend='transformers'`, or leave it at "
-                "'auto'."
+                f"`vllm_importance_sampling_mode` is {mode!r} with `loss_type='vespo'`, which needs one ratio per "
+                "token. Use 'token_truncate' or 'token_mask', or `vllm_importance_sampling_correction=False`."
             )
 
     def _set_up_rloo(self) -> None:
@@ -280,45 +252,49 @@ class DCGRPOConfig(GRPOConfig):
                 )
 
     def _check_sampling(self) -> None:
-        """The two engines must mean the same distribution, or the discrepancy gets a floor of p(1/S − 1)."""
-        given = [(name, name, getattr(self, name)) for name in ("top_p", "top_k", "min_p", "repetition_penalty")]
+        """The two engines must mean the same distribution, or the discrepancy gets a floor of p(1/S − 1).
+
+        The in-process engine can sample from no other, whatever the constraint.
+        """
+        in_process = self.rollout_backend == "transformers"
+        engine = IN_PROCESS if in_process else VLLM if self.use_vllm else ANY_ENGINE
+        cause = "`rollout_backend='transformers'`" if in_process else f"`constraint={self.constraint!r}`"
+        settings = {"temperature": self.temperature, "max_completion_length": self.completion_limit}
+        if in_process:
+            check_decoding(self.temperature, self.completion_limit)
+        given = [(name, name, getattr(self, name)) for name in ("top_p", "top_k", "repetition_penalty")]
+        given.append(("min_p", "min_p", 0.0 if self.min_p is None else self.min_p))  # as TRL hands it over
         given.append(("vllm_structured_outputs_regex", "structured_outputs", self.vllm_structured_outputs_regex))
         given += [(f"generation_kwargs[{k!r}]", k, v) for k, v in self.extra_sampling_parameters.items()]
-        for name, parameter, value in given:
-            if parameter == "temperature" and value != self.temperature:
-                raise ValueError(
-                    f"`{name}` is {value}, but the trainer scores at `temperature` = {self.temperature}: the "
-                    "discrepancy would measure the temperature. Set `temperature` alone."
-                )
-            if parameter in _NEUTRAL and value not in _NEUTRAL[parameter]:
-                raise ValueError(
-                    f"`{name}` is {value!r} with `constraint={self.constraint!r}`: it truncates or shifts the "
-                    "sampling distribution, so the engines' probabilities of a token differ even when they agree. "
-                    f"Use {_NEUTRAL[parameter][0]!r}, or `constraint='none'`."
-                )
+        for name, option, value in given:
+            refused = objection(option, value, engine, settings)
+            if refused is not None:
+                raise ValueError(f"`{name}` is {value!r} with {cause}: {refused}")
 
     def _check_loss(self) -> None:
         """What a (B, T) advantage would silently change is refused."""
+        both = ["`discrepancy_level='sequence'`", "`importance_sampling_level='token'`"]
+        levels = both if self.loss_type == "luspo" else both[::-1]  # LUSPO is a sequence's loss by its design
         refused = {
             "loss_type": (
                 self.loss_type in ("sapo", "vespo"),
                 "its weights depend on the sign of a sequence's advantage, which a token's penalty can flip",
-                "a loss such as 'dapo', 'grpo', 'bnpo', 'dr_grpo' or 'cispo'",
+                "Use a loss such as 'dapo', 'grpo', 'bnpo', 'dr_grpo' or 'cispo'",
             ),
             "importance_sampling_level": (
                 self.importance_sampling_level == "sequence" and self.discrepancy_level == "token",
                 "the objective has one ratio per sequence, but the penalty is per token",
-                "'token', or `discrepancy_level='sequence'`",
+                f"Use {levels[0]}, or {levels[1]}",
             ),
             "off_policy_mask_threshold": (
                 self.off_policy_mask_threshold is not None,
                 "the mask reads the sign of a sequence's advantage, which a token's penalty can flip",
-                "None",
+                "Leave it unset",
             ),
         }
         for name, (applies, reason, remedy) in refused.items():
             if applies:
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r} with `constraint={self.constraint!r}`: {reason}. Use "
-                    f"{remedy}, or `constraint='none'`."
+                    f"`{name}` is {getattr(self, name)!r} with `constraint={self.constraint!r}`: {reason}. {remedy}, "
+                    "or use `constraint='none'`."
                 )

@@ -1,10 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The discrepancy constraint of a run: its multiplier, its tolerance, and how a batch's mean moves them."""
+"""The discrepancy constraint of a run: its kinds of penalty, its multiplier, its tolerance, and how they move.
+
+Shapes: B sequences, T completion tokens.
+"""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from dc_trl.discrepancy import trajectory_mean
 from dc_trl.dual import DualVariable
+
+DISCREPANCY_LEVELS = ("token", "sequence")
+
+
+class ConstraintKind(NamedTuple):
+    """One way to constrain the discrepancy.
+
+    Attributes:
+        penalty: what a token loses, (B, T) ≥ 0, of discrepancy d (B, T), multiplier λ and tolerance ε; ε is NaN while
+            it is unknown, and the kind does not need it.
+        needs_tolerance: whether it waits, with a multiplier of 0, while the tolerance is being calibrated.
+        adapts: whether dual ascent moves λ.
+    """
+
+    penalty: Callable[[Tensor, float, float], Tensor]
+    needs_tolerance: bool
+    adapts: bool
+
+
+def _no_penalty(discrepancy: Tensor, multiplier: float, tolerance: float) -> Tensor:
+    return torch.zeros_like(discrepancy)
+
+
+def _proportional(discrepancy: Tensor, multiplier: float, tolerance: float) -> Tensor:
+    return multiplier * discrepancy
+
+
+def _above_tolerance(discrepancy: Tensor, multiplier: float, tolerance: float) -> Tensor:
+    return torch.where(discrepancy > tolerance, multiplier * discrepancy, 0.0)
+
+
+KINDS = {
+    "none": ConstraintKind(_no_penalty, needs_tolerance=True, adapts=False),
+    "fixed": ConstraintKind(_proportional, needs_tolerance=False, adapts=False),
+    "threshold": ConstraintKind(_above_tolerance, needs_tolerance=True, adapts=False),
+    "lagrangian": ConstraintKind(_proportional, needs_tolerance=True, adapts=True),
+}
+"""Every constraint by name: Dual-GRPO (DC-GRPO paper, arXiv 2606.08779, eq. 3–4), its figure 3, DC-GRPO (eq. 8–11). A
+new one is an entry here."""
+
+CONSTRAINTS = tuple(KINDS)
+
+
+def discrepancy_penalty(
+    discrepancy: Tensor,
+    valid: Tensor,
+    *,
+    constraint: str,
+    multiplier: float,
+    tolerance: float | None,
+    level: str = "token",
+) -> Tensor:
+    """The penalty that DC-GRPO (arXiv 2606.08779) takes off every token's advantage; never negative, detached.
+
+    - `none`: 0
+    - `fixed`: λ·d (eq. 3, Dual-GRPO)
+    - `threshold`: λ·d where d > tolerance, else 0 (figure 3)
+    - `lagrangian`: λ_k·d (eq. 8–10)
+
+    Args:
+        discrepancy: d, (B, T), of `token_discrepancy`.
+        valid: (B, T) bool, of `valid_tokens`; the others get no penalty.
+        constraint: one of the four.
+        multiplier: λ of this iteration.
+        tolerance: the tolerance in use; None while it is being calibrated, when only `fixed` applies a penalty.
+        level: `"token"`, or `"sequence"` to use each trajectory's mean d for all of its tokens (the ablation).
+
+    Returns:
+        (B, T) float32.
+
+    Raises:
+        ValueError: for an unknown constraint or level.
+    """
+    if constraint not in KINDS:
+        raise ValueError(f"`constraint` is {constraint!r}, which is unknown: use one of {CONSTRAINTS}.")
+    if level not in DISCREPANCY_LEVELS:
+        raise ValueError(f"`level` is {level!r}, which is unknown: use one of {DISCREPANCY_LEVELS}.")
+    kind = KINDS[constraint]
+    d = discrepancy.detach()
+    if tolerance is None and kind.needs_tolerance:
+        return torch.zeros_like(d)
+    if level == "sequence":
+        d = trajectory_mean(d, valid).expand_as(d)
+    known = math.nan if tolerance is None else tolerance
+    return torch.where(valid, kind.penalty(d, multiplier, known), torch.zeros_like(d))
+
+
+def penalised_advantages(advantages: Tensor, penalty: Tensor) -> Tensor:
+    """Ã_{i,t} = A_i − penalty_{i,t}, eq. 8.
+
+    Args:
+        advantages: A, (B,) per sequence or (B, T).
+        penalty: (B, T), of `discrepancy_penalty`.
+
+    Returns:
+        (B, T).
+    """
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
+    return advantages - penalty
 
 
 class DiscrepancyTolerance:
@@ -53,21 +161,38 @@ class DiscrepancyConstraint:
     """One of the four constraints, with its dual variable and its tolerance.
 
     Args:
-        kind: `none`, `fixed`, `threshold` or `lagrangian`; see `dc_trl.advantage.discrepancy_penalty`.
+        kind: `none`, `fixed`, `threshold` or `lagrangian`; see `discrepancy_penalty`.
         dual: the multiplier; only `lagrangian` moves it.
         tolerance: the tolerance; every kind calibrates it, so that the violation is logged.
+        level: `"token"` or `"sequence"`; see `discrepancy_penalty`.
     """
 
-    def __init__(self, kind: str, dual: DualVariable, tolerance: DiscrepancyTolerance) -> None:
+    def __init__(self, kind: str, dual: DualVariable, tolerance: DiscrepancyTolerance, level: str = "token") -> None:
         self.kind = kind
         self.dual = dual
         self.tolerance = tolerance
+        self.level = level
+
+    @property
+    def _adapts(self) -> bool:
+        return KINDS[self.kind].adapts
 
     @property
     def multiplier(self) -> float:
         """λ_k as it acts on this iteration: 0 with `none`, and while the tolerance that the kind needs is unknown."""
-        waits = self.tolerance.value is None and self.kind != "fixed"
+        waits = self.tolerance.value is None and KINDS[self.kind].needs_tolerance
         return 0.0 if waits or self.kind == "none" else self.dual.value
+
+    def penalty(self, discrepancy: Tensor, valid: Tensor) -> Tensor:
+        """What each token's advantage loses in this iteration, (B, T); arguments as for `discrepancy_penalty`."""
+        return discrepancy_penalty(
+            discrepancy,
+            valid,
+            constraint=self.kind,
+            multiplier=self.dual.value,
+            tolerance=self.tolerance.value,
+            level=self.level,
+        )
 
     def violation(self, mean_discrepancy: float) -> float:
         """Mean discrepancy − tolerance, positive where the constraint is violated; NaN while calibrating."""
@@ -90,9 +215,10 @@ class DiscrepancyConstraint:
             What a person should be told once, as (topic, message).
         """
         if self.tolerance.value is not None:
-            if self.kind == "lagrangian":
-                self.dual.step(self.violation(mean_discrepancy))
-            return [("saturated", self._saturation())] if self.kind == "lagrangian" and self.dual.saturated else []
+            if not self._adapts:
+                return []
+            self.dual.step(self.violation(mean_discrepancy))
+            return [("saturated", self._saturation())] if self.dual.saturated else []
         self.tolerance.update(mean_discrepancy)
         notices = [("calibrating", f"calibrating the tolerance on {self.tolerance.batches} generation batches.")]
         if self.tolerance.value is not None:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DC-GRPO trainer: TRL's GRPO trainer and the discrepancy constraint between scoring and loss."""
 
+import inspect
 import json
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +13,26 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.utils import logging
+from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from dc_trl import model_card
-from dc_trl.advantage import discrepancy_penalty, penalised_advantages
-from dc_trl.attributes import temporary_attributes
-from dc_trl.callbacks import LengthDecayCallback
 from dc_trl.config import DCGRPOConfig
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
-from dc_trl.discrepancy import (
-    correction_metrics,
-    mean_discrepancy,
-    metrics,
-    summarise,
-    token_discrepancy,
-    valid_tokens,
-)
+from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
-from dc_trl.estimators import GroupEstimatorsTrainer
-from dc_trl.importance import importance_sampling_ratio
-from dc_trl.instruments import Instruments
-from dc_trl.rollouts import deployed, factory
-from dc_trl.run_log import RunLogCallback
-from dc_trl.token_log import TokenLog
+from dc_trl.estimators.importance import ImportanceSampling
+from dc_trl.records.card import model_card
+from dc_trl.records.run_log import RunLogCallback
+from dc_trl.records.token_log import TokenLog
+from dc_trl.rollouts import deployed
+from dc_trl.rollouts.engines import check_log_prob_source, engine_of
+from dc_trl.rollouts.rollout_func import describe_faults, faulty_rows
+from dc_trl.step import Step, constrain
+from dc_trl.training.attributes import temporary_attributes
+from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
+from dc_trl.training.group_trainer import GroupEstimatorsTrainer
+from dc_trl.training.instruments import Instruments
+from dc_trl.training.length_decay_callback import LengthDecayCallback
 
 logger = logging.get_logger(__name__)
 
@@ -46,10 +46,12 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     """GRPO under a discrepancy constraint: DC-GRPO (arXiv 2606.08779) on TRL's [`~trl.GRPOTrainer`].
 
     Takes the arguments of `GRPOTrainer`; `args` is a [`DCGRPOConfig`]. With `constraint="none"` it trains exactly as
-    `GRPOTrainer` does, and measures.
+    `GRPOTrainer` does, and measures. With a constraint it switches the policy's dropout off, which would be measured
+    as discrepancy.
 
     Seams of TRL 1.16 that this class hooks, each held by a contract test:
 
+    - `_generate`: what a `rollout_func` returns is checked row by row
     - `_generate_and_score_completions`: scored without the second forward; advantages of other estimators
     - `_calculate_rewards`, `_prepare_inputs`: rewards and micro-batches, for these (in `GroupEstimatorsTrainer`)
     - `_compute_loss` and, while it runs, `_get_per_token_logps_and_entropies`: its log-probs are π, from which penalty
@@ -66,6 +68,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     Attributes:
         dual ([`~dc_trl.dual.DualVariable`]): the multiplier λ.
         discrepancy_tolerance (`float` or `None`): the tolerance in use; None while it is being calibrated.
+        step_observers (`list`): called as `observer(inputs, step)` with TRL's batch and the record of each
+            micro-batch, [`~dc_trl.step.Step`]; the instruments and the token log are the first two.
     """
 
     _tag_names = ["trl", "grpo", "dc-grpo"]
@@ -87,6 +91,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: DCGRPOConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
+        defaulted = args is None
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DCGRPOConfig(f"{name.split('/')[-1]}-DC-GRPO")
@@ -95,29 +100,49 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
                 f"`args` is a {type(args).__name__}: DCGRPOTrainer needs a DCGRPOConfig, which takes the same "
                 "parameters. Rename GRPOConfig to DCGRPOConfig."
             )
-        factory.check_log_prob_source(args, kwargs.get("rollout_func"))
+        given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
+        check_log_prob_source(args, given.arguments.get("rollout_func"), defaulted)
         self.dual = DualVariable(args.multiplier_init, args.dual_lr, args.multiplier_max)
         self._constraint = DiscrepancyConstraint(
             args.constraint,
             self.dual,
             DiscrepancyTolerance(args.discrepancy_tolerance, args.tolerance_slack, args.tolerance_calibration_batches),
+            args.discrepancy_level,
         )
         self._instruments = Instruments()
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
+        self.step_observers: list[Callable[[dict[str, Any], Step], None]] = [self._measure, self._log_tokens]
         self._said: set[str] = set()
-        hidden = temporary_attributes(args, use_vllm=args.use_vllm and not factory.needs_own_engine(args))
-        with hidden, factory.colocated_engine_arguments(args):
+        self._faulty_rows: dict[int, str] = {}  # of the last `rollout_func`'s output
+        self._rollout_lengths: list[float] = []  # of the optimizer step at hand
+        engine = engine_of(vars(args))
+        hidden = temporary_attributes(args, use_vllm=args.use_vllm and not engine.is_ours)
+        with hidden, engine.construction(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        if factory.needs_own_engine(args):
+        if engine.is_ours:
             self.use_vllm = True
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
             self._last_loaded_step = -1
         if self.use_vllm:
-            self.vllm_generation = factory.build_engine(self, args)
+            self.vllm_generation = engine.build(self, args)
+        self._handle_dropout()
         if args.length_decay:
             names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
             self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))
         self.add_callback(RunLogCallback())
+
+    def _handle_dropout(self) -> None:
+        """Switches dropout off under a constraint. Without one, TRL's training stands, and only `dc/*` suffers."""
+        self._dropout = find_dropout(self.model)
+        if self.args.constraint == "none" or not self._dropout:
+            return
+        words, self._dropout = describe_dropout(switch_off_dropout(self.model)), {}
+        message = (
+            f"dropout is switched off {words}: the training forward would drop what the sampling engine does not, and "
+            "the constraint would take that for discrepancy. Set it to 0 in the configuration of the model or of the "
+            "adapter, or keep it with `constraint='none'`."
+        )
+        self._say_once([("dropout", message)])
 
     @property
     def _length_decay(self) -> LengthDecayCallback | None:
@@ -136,6 +161,24 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     # Scoring
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        self._faulty_rows = {}
+        if self.rollout_func is None:
+            return super()._generate(prompts)
+        with temporary_attributes(self, rollout_func=partial(self._checked_rollouts, self.rollout_func)):
+            return super()._generate(prompts)
+
+    def _checked_rollouts(self, rollout_func: Callable[..., Any], prompts: list[Any], trainer: Any) -> Any:
+        """The output of the user's `rollout_func`, whose faulty log-probs end a run that has a constraint."""
+        output = rollout_func(prompts, trainer)
+        self._faulty_rows = faulty_rows(output)
+        if self._faulty_rows:
+            words = describe_faults(self._faulty_rows)
+            if self.args.constraint != "none":
+                raise ValueError(f"{words}; or set `constraint='none'`, where such rows train but are not measured.")
+            self._say_once([("rollout_func", f"{words}. These rows train as with TRL, and are not measured.")])
+        return output
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL's correction costs a second forward here; the loss forward gives the same log-probs for nothing.
         correction = self.vllm_importance_sampling_correction and self.args.constraint == "none"
@@ -147,10 +190,11 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
                 f"The rollouts carry no log-probs, which `constraint={self.args.constraint!r}` needs. Return "
                 "`logprobs` from `rollout_func`, use another rollout engine, or set `constraint='none'`."
             )
+        if self._faulty_rows:
+            batch["measured_logps"] = _without_rows(batch, list(self._faulty_rows))
         if self._length_decay is not None and self.model.training:
             # Once a generation batch, whatever `logging_steps` is; gathered by TRL, so the same on every rank.
-            mean_length = self._metrics["train"]["completions/mean_length"][-1]
-            self._length_decay.observe(self.state.global_step + 1, mean_length)
+            self._rollout_lengths.append(self._metrics["train"]["completions/mean_length"][-1])
         return batch
 
     def _note_sync(self, mode: str) -> None:
@@ -181,42 +225,72 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
 
     @torch.no_grad()
     def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
-        """Fills penalty and importance ratio into `inputs`, and measures. `logps` (B, T): the loss forward's."""
-        args = self.args
-        sampling_logps = inputs["sampling_per_token_logps"]
+        """Fills penalty and importance ratio into `inputs`, and hands the record on. `logps` (B, T): the loss's."""
         # Recomputed before the first of several updates, so that policy drift is not taken for discrepancy.
         train_logps = inputs.get("old_per_token_logps", logps)
+        if self.model.training:
+            self._check_train_logps(logps, train_logps, inputs["completion_mask"])
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        measured: dict[str, Any] = {"mask": inputs.get("measured_mask", mask), "metric": args.discrepancy_metric}
-        scored = valid_tokens(sampling_logps, measured["mask"])
-        valid = valid_tokens(sampling_logps, mask)
-        if self.use_vllm and args.vllm_importance_sampling_correction:
-            measured["correction"], measured["kept"] = importance_sampling_ratio(
-                *(train_logps, sampling_logps, scored),
-                mode=args.vllm_importance_sampling_mode,
-                clip_min=args.vllm_importance_sampling_clip_min,
-                clip_max=args.vllm_importance_sampling_clip_max,
-            )
-        discrepancy = token_discrepancy(train_logps, sampling_logps, args.discrepancy_metric)
-        advantages = inputs["advantages"].reshape(len(valid), -1)
-        if args.constraint != "none":
-            measured["advantages"] = advantages
-            measured["penalty"] = inputs.get("loss_weight", 1.0) * discrepancy_penalty(
-                *(discrepancy, valid),
-                constraint=args.constraint,
-                multiplier=self.dual.value,
-                tolerance=self.discrepancy_tolerance,
-                level=args.discrepancy_level,
-            )
-            inputs["advantages"] = penalised_advantages(inputs["advantages"], measured["penalty"])
-            inputs["importance_sampling_ratio"] = measured.get("correction")
-        mode = "train" if self.model.training else "eval"
-        self._instruments.add(mode, summarise(train_logps, sampling_logps, **measured))
-        if self._token_log is not None and mode == "train" and self._first_use:
-            columns = {"train_logp": train_logps, "sampling_logp": sampling_logps, "discrepancy": discrepancy}
-            columns |= {"advantage": advantages, "valid": scored}
-            penalty = measured.get("penalty", torch.zeros_like(discrepancy))
-            self._token_log.add(inputs, penalty=penalty, **columns)
+        step = constrain(
+            train_logps,
+            inputs.get("measured_logps", inputs["sampling_per_token_logps"]),
+            inputs["advantages"],
+            mask=mask,
+            measured_mask=inputs.get("measured_mask", mask),
+            metric=self.args.discrepancy_metric,
+            constraint=self._constraint,
+            correction=self._correction,
+            loss_weight=inputs.get("loss_weight", 1.0),
+        )
+        if self.args.constraint != "none":
+            inputs["advantages"] = step.penalised_advantages
+            inputs["importance_sampling_ratio"] = step.importance_ratio
+        for observe in self.step_observers:
+            observe(inputs, step)
+
+    @property
+    def _correction(self) -> ImportanceSampling | None:
+        """The importance-sampling weight: measured also where TRL does not apply it."""
+        args = self.args
+        if not args.vllm_importance_sampling_correction:
+            return None
+        return ImportanceSampling(
+            mode=args.vllm_importance_sampling_mode,
+            clip_min=args.vllm_importance_sampling_clip_min,
+            clip_max=args.vllm_importance_sampling_clip_max,
+        )
+
+    def _measure(self, inputs: dict[str, Any], step: Step) -> None:
+        self._instruments.add("train" if self.model.training else "eval", step)
+
+    def _log_tokens(self, inputs: dict[str, Any], step: Step) -> None:
+        if self._token_log is not None and self.model.training and self._first_use:
+            self._token_log.add(inputs, step)
+
+    def _check_train_logps(self, logps: Tensor, train_logps: Tensor, completion_mask: Tensor) -> None:
+        """Stops a step whose gradient is NaN before it reaches the weights.
+
+        transformers logs such a loss as 0, and the checkpoints that follow push the good ones out.
+
+        Args:
+            logps, train_logps: the loss forward's log-probs, and those that stand for π, (B, T).
+            completion_mask: (B, T). Tool tokens count here: their NaN times a mask of 0 is NaN.
+
+        Raises:
+            FloatingPointError: a log-prob of the training engine's is not finite. Said once instead with fp16, where
+                the loss scaler skips the step, and with `constraint="none"`, which trains on as TRL does.
+        """
+        broken = int((completion_mask.bool() & ~(logps.isfinite() & train_logps.isfinite())).sum())
+        if not broken:
+            return
+        message = (
+            f"{broken} log-probs of the training engine are NaN or infinite at step {self.state.global_step}, so the "
+            "gradient is NaN, and the weights will be. Weights or activations overflowed: go back to the last "
+            "checkpoint and lower `learning_rate`, or train in bf16 or float32"
+        )
+        if self.args.constraint != "none" and not self.args.fp16:
+            raise FloatingPointError(f"{message}. `constraint='none'` trains on, as TRL does.")
+        self._say_once([("non-finite", f"{message}.")])
 
     # Iterations and logs
 
@@ -229,7 +303,16 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             complete = self._step % self._steps_per_rollout == 0
         if complete:
             self._finish_iteration("train")
+        if self.accelerator.sync_gradients:
+            self._observe_lengths()
         return loss
+
+    def _observe_lengths(self) -> None:
+        """Tells length-decay, at the end of an optimizer step, the mean length over the rollouts made in it."""
+        lengths, self._rollout_lengths = self._rollout_lengths, []
+        if lengths and self._length_decay is not None:
+            # All rollouts have as many completions, so this is the mean over completions, and what TRL logs.
+            self._length_decay.observe(self.state.global_step + 1, sum(lengths) / len(lengths))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as TRL does; the discrepancy is reduced once, over all batches."""
@@ -256,6 +339,8 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             share = values["dc/penalty_share"]
             if share > NOTABLE_PENALTY_SHARE:
                 notices.append(("penalty", f"the penalty is {share:.0%} of the advantage (`dc/penalty_share`)."))
+            if self._dropout:
+                notices.append(("dropout", f"dropout is on {describe_dropout(self._dropout)}, which `dc/*` measures."))
             self._say_once(notices)
 
     def _say_once(self, notices: list[tuple[str, str]]) -> None:
@@ -333,3 +418,14 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             self._instruments.load_state_dict(state["instruments"])
         else:
             self._say_once([("state", f"{checkpoint} has no {STATE_FILE}: multiplier and tolerance start anew.")])
+
+
+def _without_rows(batch: dict[str, Any], rows: list[int]) -> Tensor:
+    """The batch's sampling log-probs, (B, T), with NaN, which is unscored, in the given rows."""
+    logps, shape = batch["sampling_per_token_logps"], batch["completion_ids"].shape
+    measured = logps.new_full(shape, torch.nan)
+    sound = [row for row in range(shape[0]) if row not in rows]
+    if sound:  # a sound row is as long as its completion, so what is cut or missing is padding
+        width = min(logps.size(1), shape[1])
+        measured[sound, :width] = logps[sound, :width]
+    return measured

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Split
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dc_trl.rewards import MathAccuracyReward
+from dc_trl.tasks.rewards import MathAccuracyReward
 
 TERMS = 5  # of each sum, every one a digit
 LARGEST = 9 * TERMS

@@ -37,10 +37,10 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from transformers.utils.logging import disable_progress_bar
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
-from dc_trl.advantage import CONSTRAINTS
 from dc_trl.config import ROLLOUT_PRECISIONS
-from dc_trl.data import BOXED_TEMPLATE, load_math_dataset
-from dc_trl.rewards import MathAccuracyReward
+from dc_trl.estimators.advantage import CONSTRAINTS
+from dc_trl.tasks.data import BOXED_TEMPLATE, load_math_dataset
+from dc_trl.tasks.rewards import MathAccuracyReward
 
 GROUP = 8  # completions per problem
 

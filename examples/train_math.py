@@ -9,7 +9,7 @@ Any option of the YAML file can be given as a flag, which wins. Add `--dry_run` 
 
 import sys
 
-from dc_trl.cli import main
+from dc_trl.commands.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["train", *sys.argv[1:]]))

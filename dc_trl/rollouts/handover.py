@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dc_trl.rollouts.rounding import Dither, is_coarser
 from dc_trl.rollouts.update_seen import UpdateSeen
-from dc_trl.rollouts.weights import iter_policy_weights
+from dc_trl.rollouts.weights import iter_policy_weights, parameter_sizes, plain_model
 
 
 class Handover:
@@ -60,6 +60,17 @@ class Handover:
         return self.meter.finish()
 
 
+def handover_for(engine: Any, dither: Dither | None) -> Handover:
+    """The handover to an engine that TRL built, in the dtype that vLLM reports."""
+    if engine.mode == "colocate":
+        dtype = served_dtype(engine.llm.llm_engine.model_config)
+    elif engine.accelerator.is_main_process:
+        dtype = served_dtype(engine.vllm_client.get_server_info()["model_config"])
+    else:
+        dtype = torch.float32  # the other processes only take part in gathering the weights
+    return Handover(plain_model(engine.model, engine.accelerator), dtype, dither)
+
+
 def hand_over(engine: Any, handover: Handover) -> None:
     """Have an engine of TRL's send what `handover` makes of the weights, over NCCL or in place.
 
@@ -80,12 +91,6 @@ def hand_over(engine: Any, handover: Handover) -> None:
     engine.sync_weights = synchronise_and_measure
     engine.update_seen, engine.deployed_dtype = handover.meter, handover.dtype
     engine.deployed_weights = lambda: handover.deployed(iter_policy_weights(engine.model, engine.accelerator))
-
-
-def parameter_sizes(model: nn.Module) -> dict[str, int]:
-    """Elements of each parameter, by name, of a model that may be sharded."""
-    # Under ZeRO-3 a parameter is empty until it is gathered; DeepSpeed keeps its size.
-    return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
 
 
 def kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:

@@ -3,11 +3,13 @@
 
 Only what standard weight-only schemes quantise is quantised: the `nn.Linear` layers inside the blocks and the fused
 expert tensors of mixtures of experts. Embeddings, LM head, routers, norms and biases stay in the compute dtype, and so
-do all activations and the KV cache.
+do all activations and the KV cache. A router is what decides which experts a token sees, and how much of the shared
+one.
 """
 
 import copy
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +30,9 @@ QUANTIZED_PRECISIONS = ("fp8", *INTEGER_BITS)
 PRECISIONS = (*CAST_DTYPES, *QUANTIZED_PRECISIONS)
 # The group size of common 4-bit checkpoints. 8-bit formats have one scale per output channel.
 GROUP_SIZE = 128
+# By name, as the exclusion lists of quantisation tools have them: the classes differ from model to model, and some
+# routers are an `nn.Linear`, or hold several.
+_ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)")
 
 
 def check_precision(precision: str | None) -> None:
@@ -52,18 +57,24 @@ def compute_dtype(precision: str | None, trained: torch.dtype, device: torch.dev
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def fake_quantize(weight: torch.Tensor, precision: str, noise: torch.Tensor | None = None) -> torch.Tensor:
+def fake_quantize(
+    weight: torch.Tensor, precision: str, input_dim: int = -1, noise: torch.Tensor | None = None
+) -> torch.Tensor:
     """Round a weight to the nearest value that `precision` can represent and return it dequantised, in float32.
 
     Symmetric round to nearest with scale = max |w| / largest code. int8 and fp8 (e4m3) have one scale per output
-    channel; int4 and int3 one per group of 128 along the last dimension (the input, in `nn.Linear`).
+    channel; int4 and int3 one per group of 128 inputs.
 
     Args:
-        weight: (..., input), any floating dtype; each vector along the last dimension is quantised by itself.
+        weight: any shape and floating dtype; each vector along `input_dim` is quantised by itself.
         precision: one of fp8, int8, int4, int3.
+        input_dim: the dimension that the multiplication sums over: the last in `nn.Linear`.
         noise: u of a dither (`dc_trl.rollouts.rounding`), of the weight's shape, in steps of the codes: the code is
             round(weight / scale + u). The scale is that of rounding to nearest, so that the largest code is the same.
     """
+    if input_dim != -1:
+        turned = None if noise is None else noise.transpose(input_dim, -1)
+        return fake_quantize(weight.transpose(input_dim, -1), precision, noise=turned).transpose(input_dim, -1)
     weight = weight.float()
     width = weight.shape[-1]
     group = GROUP_SIZE if precision in ("int4", "int3") else width
@@ -99,27 +110,46 @@ def _round_to_e4m3(values: torch.Tensor) -> torch.Tensor:
     return values.to(device).to(torch.float8_e4m3fn).to(values.device, torch.float32)
 
 
-def quantizable_parameters(model: nn.Module, output_head: nn.Module | None) -> set[str]:
-    """Names of the parameters of `model` to quantise: `nn.Linear` weights except the head's, and fused expert tensors.
+def quantizable_parameters(model: nn.Module, output_head: nn.Module | None) -> dict[str, int]:
+    """The parameters of `model` to quantise, by name, each with the dimension of its inputs, counted from the end.
 
-    Fused experts are the floating (experts, ., .) parameters that transformers keeps outside of `nn.Linear`.
+    They are the weights of `nn.Linear` layers other than the head and the routers, and the fused experts: the
+    (experts, ., .) parameters that transformers keeps outside of `nn.Linear`.
 
     Raises:
         ValueError: there is none, so the precision would silently do nothing (GPT-2's `Conv1D` layers, for example).
     """
-    names = set()
+    found = {}
     for prefix, module in model.named_modules():
-        if module is output_head or isinstance(module, nn.modules.conv._ConvNd):
+        if module is output_head or _ROUTER.search(prefix):
             continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if (isinstance(module, nn.Linear) and leaf == "weight") or parameter.ndim == 3:
-                names.add(f"{prefix}.{leaf}" if prefix else leaf)
-    if not names:
+        if isinstance(module, nn.Linear):
+            found[f"{prefix}.weight"] = -1
+        elif "expert" in f"{prefix}.{type(module).__name__}".lower():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    found[f"{prefix}.{leaf}"] = _input_dim_of_experts(module)
+    if not found:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear layer or fused experts to quantise; use the rollout precision "
             "bf16, fp16 or None."
         )
-    return names
+    return found
+
+
+def _input_dim_of_experts(module: Any) -> int:
+    """-1 for experts (E, output, input), -2 for (E, input, output).
+
+    transformers marks most of the latter by `is_transposed`. The others are told by their shapes; where these do not
+    tell, the order is that of `nn.Linear`.
+    """
+    transposed = getattr(module, "is_transposed", None)
+    if transposed is None and hasattr(module, "gate_up_proj"):
+        # The gate and the projection up, side by side, are twice as many outputs as the projection down has inputs.
+        transposed = module.gate_up_proj.shape[-1] == 2 * module.down_proj.shape[-2]
+    elif transposed is None and hasattr(module, "in_features"):
+        transposed = tuple(module.weight.shape[-2:]) == (module.in_features, module.out_features)
+    return -2 if transposed else -1
 
 
 def real_weight(weight: torch.Tensor, precision: str) -> nn.Parameter:
@@ -188,7 +218,6 @@ class PolicyCopy:
         model: the copy, in eval mode, without gradients.
         quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
             simulated fused experts).
-        metrics: how much of the training the last `load` brought, see `UpdateSeen.finish`.
     """
 
     def __init__(
@@ -198,19 +227,32 @@ class PolicyCopy:
         self.precision = precision
         self.device = device
         self.dither = dither
-        self.metrics: dict[str, float] = {}
-        trained = _trained_dtype(live)
-        self.dtype = compute_dtype(precision, trained, device)
+        self.dtype, self._float32_head = self._dtypes(live)
         self.model = _build_like(live, self.dtype, device)
-        if live.get_output_embeddings().weight.dtype == torch.float32 != trained and self.dtype != torch.float32:
+        if self._float32_head:
             _keep_head_in_float32(self.model)
         self._names = {name for name, _ in self.model.named_parameters()}
-        self.meter = UpdateSeen({name: parameter.numel() for name, parameter in self.model.named_parameters()})
-        self._quantized: set[str] = set()
+        # Where each weight goes, looked up once: the way down the tree costs as much as copying a small tensor.
+        self._targets = self.model.state_dict(keep_vars=True)
+        self._quantized: dict[str, int] = {}
         self._real: set[str] = set()
         self.quantization = "none" if precision is None else "cast"
         if precision in QUANTIZED_PRECISIONS:
             self.quantization = self._plan(precision)
+
+    def _dtypes(self, live: PreTrainedModel) -> tuple[torch.dtype, bool]:
+        """The dtype to multiply in, and whether the head alone is to stay in float32."""
+        trained = _trained_dtype(live)
+        dtype = compute_dtype(self.precision, trained, self.device)
+        head = live.get_output_embeddings().weight.dtype
+        return dtype, head == torch.float32 != trained and dtype != torch.float32
+
+    def fits(self, live: PreTrainedModel) -> bool:
+        """Whether the copy still has the dtypes that one built now would have.
+
+        DeepSpeed casts the model in training, and FSDP2's mixed precision casts it up, after the trainer is built.
+        """
+        return self._dtypes(live) == (self.dtype, self._float32_head)
 
     def _plan(self, precision: str) -> str:
         self._quantized = quantizable_parameters(self.model, self.model.get_output_embeddings())
@@ -218,14 +260,15 @@ class PolicyCopy:
             self._real = {name for name in self._quantized if self.model.get_parameter(name).ndim == 2}
         if not self._real:
             return "fake"
-        return "real" if self._real == self._quantized else "mixed"
+        return "real" if self._real == set(self._quantized) else "mixed"
 
     @torch.no_grad()
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], meter: UpdateSeen | None = None) -> None:
         """Copy the live weights in, under the names of the plain model, and quantise them, one at a time.
 
         Args:
             tensors: every parameter, tied ones once, and every persistent buffer; only read.
+            meter: is shown the weights as trained and as the copy has them.
 
         Raises:
             ValueError: a parameter of the copy got no value.
@@ -233,49 +276,50 @@ class PolicyCopy:
         missing = set(self._names)
         for name, tensor in tensors:
             missing.discard(name)
-            self._store(name, tensor)
-            if self.meter.wants(name):
-                self.meter.observe(name, tensor, self.deployed(name))
+            self.load_weight(name, tensor)
+            if meter is not None and meter.wants(name):
+                meter.observe(name, tensor, self.deployed(name))
         if missing:
             raise ValueError(
                 f"the live model gave no value for {', '.join(sorted(missing))}. If an adapter sits on one of two "
                 "tied matrices, target other layers, or load the model with tie_word_embeddings=False."
             )
-        self.metrics = self.meter.finish()
 
-    def _store(self, name: str, tensor: torch.Tensor) -> None:
-        prefix, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(prefix)
-        precision = str(self.precision)
-        if name in self._real:
-            setattr(owner, leaf, self._real_weight(name, tensor))
-            return
+    def load_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy one live tensor in, rounded to what the copy holds under that name. The tensor is only read."""
         if name in self._quantized:
-            tensor = tensor.to(self.device)
-            tensor = fake_quantize(tensor, precision, self._noise(name, tensor))
+            self._load_quantized(name, tensor)
         elif self.dither is not None:
-            self.dither.cast_into(getattr(owner, leaf), tensor, name)
+            self.dither.cast_into(self._targets[name], tensor, name)
+        else:
+            self._targets[name].copy_(tensor)
+
+    def _load_quantized(self, name: str, tensor: torch.Tensor) -> None:
+        precision = str(self.precision)
+        if name not in self._real:
+            self._targets[name].copy_(self._fake_quantize(name, tensor))
             return
-        getattr(owner, leaf).copy_(tensor)
-
-    def _noise(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        return None if self.dither is None else self.dither.noise(tensor, name)
-
-    def _real_weight(self, name: str, tensor: torch.Tensor) -> nn.Parameter:
         if self.dither is None:
             # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
-            return real_weight(tensor.to(self.device, self.dtype, copy=True), str(self.precision))
+            parameter = real_weight(tensor.to(self.device, self.dtype, copy=True), precision)
+        else:
+            weight = self._fake_quantize(name, tensor)
+            parameter = real_weight(weight.to(self.dtype, copy=True), precision)
+            if precision == "int8":
+                _set_int8_codes(parameter, weight)
+        prefix, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(prefix), leaf, parameter)
+
+    def _fake_quantize(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.device)
-        weight = fake_quantize(tensor, str(self.precision), self._noise(name, tensor))
-        parameter = real_weight(weight.to(self.dtype), str(self.precision))
-        if self.precision == "int8":
-            _set_int8_codes(parameter, weight)
-        return parameter
+        noise = None if self.dither is None else self.dither.noise(tensor, name)
+        return fake_quantize(tensor, str(self.precision), self._quantized[name], noise)
 
     def deployed(self, name: str) -> torch.Tensor:
-        """A parameter's values as they sample, dequantised where they are quantised; for measurements."""
-        parameter = self.model.get_parameter(name)
-        return parameter.dequantize() if name in self._real else parameter
+        """A tensor as it samples, dequantised where it is quantised; for measurements and for saving."""
+        if name in self._real:
+            return self.model.get_parameter(name).dequantize()
+        return self._targets[name]
 
 
 def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

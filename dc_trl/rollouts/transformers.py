@@ -15,25 +15,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from dc_trl.rollouts.quantization import PolicyCopy
 from dc_trl.rollouts.rounding import Dither
+from dc_trl.rollouts.sampling_options import IN_PROCESS, check_decoding, objection
 from dc_trl.rollouts.update_seen import UpdateSeen
-from dc_trl.rollouts.weights import iter_policy_weights
+from dc_trl.rollouts.weights import iter_plain_weights, parameter_sizes, plain_model
 
 logger = logging.getLogger(__name__)
-
-# The sampling options that may be given, each with the values that leave the distribution as it is.
-NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "do_sample": (True,),
-    "top_p": (None, 1.0),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0.0),
-    "repetition_penalty": (None, 1.0),
-}
 
 
 class TransformersGeneration:
@@ -60,15 +51,13 @@ class TransformersGeneration:
         max_completion_length: most tokens of a completion, its end-of-sequence token included.
         eos_token_ids: the tokens that end a completion; by default the generation config's and the tokenizer's.
         generation_batch_size: most sequences decoded at once, to bound the KV cache; by default all of them.
-        generation_kwargs: sampling options; only neutral values are accepted.
+        generation_kwargs: sampling options; only those that `dc_trl.rollouts.sampling_options` calls neutral pass.
         seed: seed of a private generator; None draws from torch's global one.
         dither: rounds the copy's weights with a fixed dither; None rounds to nearest.
 
     Attributes:
-        policy: the engine's own model, in eval mode, with the weights that sample.
-        quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
-            simulated fused experts); for logs.
-        sync_metrics: how much of the training the last `sync_weights` brought, see `UpdateSeen.finish`.
+        update_seen: measures how much of the training the syncs bring.
+        sync_metrics: of the last sync, see `UpdateSeen.finish`.
 
     Raises:
         ValueError: unknown precision, temperature not above 0, unsupported option, or nothing to quantise.
@@ -97,37 +86,49 @@ class TransformersGeneration:
         self.max_completion_length = max_completion_length
         self.generation_batch_size = generation_batch_size
         self._device = accelerator.device
-        unwrapped: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
-        live: PreTrainedModel = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
-        self._copy = PolicyCopy(live, precision, self._device, dither)
-        self.policy = self._copy.model
-        self.quantization = self._copy.quantization
+        self._live = plain_model(model, accelerator)  # once: unwrapping walks the tree, twice
+        self.dither = dither
+        self._copy = PolicyCopy(self._live, precision, self._device, dither)
+        self.update_seen = UpdateSeen(parameter_sizes(self._copy.model))
+        self.sync_metrics: dict[str, float] = {}
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        eos = _default_eos(live, tokenizer) if eos_token_ids is None else eos_token_ids
+        eos = _default_eos(self._live, tokenizer) if eos_token_ids is None else eos_token_ids
         self._eos = torch.tensor(eos, dtype=torch.long, device=self._device)
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any id will do
         self._generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         self._synced = False
-        self.sync_metrics: dict[str, float] = {}
         logger.info("rollout precision %s, quantisation %s", precision or "as trained", self.quantization)
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The engine's own model, in eval mode, with the weights that sample."""
+        return self._copy.model
+
+    @property
+    def quantization(self) -> str:
+        """How the weights are held.
+
+        "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers, simulated fused
+        experts); for logs.
+        """
+        return self._copy.quantization
 
     def sync_weights(self) -> None:
         """Copy the live weights into `policy` and quantise them again; the live model is only read.
 
-        Collective under FSDP2 and ZeRO-3: every process must call it.
+        Collective under FSDP2 and ZeRO-3: every process must call it. `policy` is built anew where the live model has
+        been cast since, as DeepSpeed does: as trained means as it trains, not as it was loaded.
 
         Raises:
             NotImplementedError: FSDP version 1, or an adapter that cannot be merged into the weights.
             ValueError: an adapter on tied embeddings.
         """
-        self._copy.load(iter_policy_weights(self.model, self.accelerator))
-        self.sync_metrics = self._copy.metrics
+        if not self._copy.fits(self._live):
+            del self._copy  # before the next one takes its room
+            self._copy = PolicyCopy(self._live, self.precision, self._device, self.dither)
+        self._copy.load(iter_plain_weights(self._live, self.accelerator), self.update_seen)
+        self.sync_metrics = self.update_seen.finish()
         self._synced = True
-
-    @property
-    def update_seen(self) -> UpdateSeen:
-        """What measures how much of the training the syncs bring."""
-        return self._copy.meter
 
     @property
     def deployed_dtype(self) -> torch.dtype:
@@ -166,7 +167,10 @@ class TransformersGeneration:
             ValueError: images are given, or a prompt is empty.
         """
         if images is not None:
-            raise ValueError("the transformers rollout engine is text-only; use rollout_backend='vllm' for images.")
+            raise ValueError(
+                "the transformers rollout engine is text-only; for images leave `rollout_backend` unset and set "
+                "`use_vllm=True`."
+            )
         if not all(prompts):
             raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} has no tokens; remove it.")
         if not self._synced:
@@ -296,24 +300,12 @@ def _sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> t
 
 def check_sampling(temperature: float, max_completion_length: int, options: dict[str, Any]) -> None:
     """Raise `ValueError` for sampling settings under which the log-probabilities would not be the trainer's kind."""
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature is {temperature}, but rollouts are drawn at random, so it must be above 0; for greedy "
-            "decoding in evaluation call generate(..., greedy=True)."
-        )
-    if max_completion_length < 1:
-        raise ValueError(f"max_completion_length is {max_completion_length}; a completion has at least 1 token.")
+    check_decoding(temperature, max_completion_length)
+    settings = {"temperature": temperature, "max_completion_length": max_completion_length}
     for name, value in options.items():
-        if name not in NEUTRAL_OPTIONS:
-            raise ValueError(
-                f"the transformers rollout engine does not know the generation option {name}={value!r}; remove it, or "
-                "use rollout_backend='vllm'."
-            )
-        if value not in NEUTRAL_OPTIONS[name]:
-            raise ValueError(
-                f"{name}={value!r} truncates or reweights the sampling distribution, which the trainer's "
-                "log-probabilities do not follow; leave it out, or use rollout_backend='vllm'."
-            )
+        refused = objection(name, value, IN_PROCESS, settings)
+        if refused is not None:
+            raise ValueError(f"the transformers rollout engine cannot sample with {name}={value!r}: {refused}")
 
 
 def _default_eos(live: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -7,7 +7,7 @@ weights in training.
 """
 
 import copy
-import re
+import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.distributed import DistributedBackend
 
-_WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
+# The names under which checkpointing, FSDP and compilation hold the module that they wrap.
+_WRAPPED = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
 
 
 def iter_policy_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
@@ -40,21 +41,27 @@ def iter_policy_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[
     Raises:
         NotImplementedError: for FSDP version 1, adapters that cannot be merged, and adapters on a quantized base.
     """
+    return iter_plain_weights(plain_model(model, accelerator), accelerator)
+
+
+def iter_plain_weights(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
+    """As `iter_policy_weights`, for a model whose envelopes `plain_model` has taken off already."""
     backend = DistributedBackend(accelerator)
     if backend.fsdp_version == 1:
         raise NotImplementedError(
             "fsdp_version=1 keeps parameters flattened, so they cannot be gathered one at a time. Set "
             "`fsdp_version: 2` in the Accelerate config."
         )
-    seen: set[int] = set()
-    for prefix, module in _owners(plain_model(model, accelerator)):
-        adapted = _is_adapter(module)
-        # Parameters seen under another name are tied, and come once. An adapter ends the tie: its layer is always due.
-        due = {id(p): p for p in module.parameters(recurse=adapted) if adapted or id(p) not in seen}
-        seen.update(due)
-        with backend.gather_params(list(due.values())):
-            full = {key: _full(parameter, accelerator) for key, parameter in due.items()}
-            yield from _merged(prefix, module, full) if adapted else _plain(prefix, module, full)
+    for name, source in _sources(model):
+        if isinstance(source, nn.Module):
+            layer = {id(p): p for p in source.parameters()}
+            with backend.gather_params(list(layer.values())):
+                yield from _merged(name, source, {key: _full(p, accelerator) for key, p in layer.items()})
+        elif backend.is_zero3:
+            with backend.gather_params([source]):
+                yield name, source.detach()
+        else:
+            yield name, _full(source, accelerator)
 
 
 def plain_model(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
@@ -75,51 +82,73 @@ def plain_model(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
     return cast(PreTrainedModel, policy.get_base_model())
 
 
-def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield `(dotted prefix, module)` for each module that owns tensors; an adapted layer counts as one module."""
-    module = _in_use(module)
-    yield prefix, module
-    if not _is_adapter(module):
-        for name, child in module.named_children():
-            yield from _owners(child, _WRAPPERS.sub("", f"{prefix}{name}."))
+def parameter_sizes(model: nn.Module) -> dict[str, int]:
+    """Elements of each parameter of a plain model, which may be sharded, by name."""
+    # Under ZeRO-3 a parameter is empty until it is gathered; DeepSpeed keeps its size.
+    return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
 
 
-def _in_use(module: nn.Module) -> nn.Module:
-    """Of a module that PEFT trains as a copy, the copy that the forward uses; any other module itself."""
-    if is_peft_available():
-        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+def _sources(root: nn.Module) -> list[tuple[str, Tensor | nn.Module]]:
+    """`(name, tensor)` of each parameter and persistent buffer, and `(dotted prefix, layer)` of each adapted layer.
 
-        if isinstance(module, ModulesToSaveWrapper):
-            return module.modules_to_save[module.active_adapters[0]]
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            return module.token_adapter
-    return module
+    Tied parameters come once. An adapter ends the tie: its layer always comes.
+    """
+    found: list[tuple[str, Tensor | nn.Module]] = []
+    seen: set[int] = set()
+    adapters, wrappers = _peft_classes()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        if isinstance(module, wrappers):
+            visit(_in_use(module), prefix)
+            return
+        if isinstance(module, adapters):
+            seen.update(map(id, module.parameters()))
+            found.append((prefix, module))
+            return
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.append((prefix + name, parameter))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found.append((prefix + name, buffer))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, prefix if name in _WRAPPED else f"{prefix}{name}.")
+
+    visit(root, "")
+    return found
 
 
-def _is_adapter(module: nn.Module) -> bool:
-    """Whether the module is a layer that PEFT replaced."""
+@functools.cache
+def _peft_classes() -> tuple[Any, Any]:
+    """The classes of layers with adapters, and of wrappers that train a copy, for `isinstance`; none without PEFT.
+
+    Looked up once, because asking whether PEFT is installed parses the metadata of packages: asked of every module, it
+    took longer than the copying.
+    """
     if not is_peft_available():
-        return False
+        return (), ()
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return isinstance(module, BaseTunerLayer)
+    return (BaseTunerLayer,), (AuxiliaryTrainingWrapper,)
 
 
-def _full(parameter: nn.Parameter, accelerator: Accelerator) -> Tensor:
-    """The whole of a parameter. Under FSDP2 a collective, on the training device, where its process group works."""
+def _in_use(module: Any) -> nn.Module:
+    """Of a module that PEFT trains as a copy, the copy that the forward uses."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save[module.active_adapters[0]]
+    return module.token_adapter
+
+
+def _full(parameter: Tensor, accelerator: Accelerator) -> Tensor:
+    """The whole of a tensor. Under FSDP2 a collective, on the training device, where its process group works."""
     if isinstance(parameter, DTensor):
         return cast(DTensor, parameter.detach().to(accelerator.device)).full_tensor()
     return parameter.detach()
-
-
-def _plain(prefix: str, module: nn.Module, full: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a module itself owns; `full` maps the id of each parameter due to its value."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if id(parameter) in full:
-            yield prefix + name, full[id(parameter)]
-    for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer.detach()
 
 
 def _merged(prefix: str, layer: Any, full: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +168,7 @@ def _merged(prefix: str, layer: Any, full: dict[int, Tensor]) -> Iterator[tuple[
     }
     merged = copy.deepcopy(layer, memo)
     for part in merged.modules():
-        if _is_adapter(part):
+        if isinstance(part, _peft_classes()[0]):
             part.merge()
     for name, tensor in merged.get_base_layer().state_dict().items():
         yield prefix + name, tensor

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch metrics of a summary; docs/metrics.md gives formula, unit, healthy range and remedy of each."""
+
+import torch
+from torch import Tensor
+
+from dc_trl.discrepancy.summary import (
+    HISTOGRAM,
+    HISTOGRAM_BINS,
+    HISTOGRAM_DECADES,
+    HISTOGRAM_LOW,
+    named,
+    summarise,
+)
+
+
+def mean_discrepancy(summary: Tensor, average: str = "trajectory") -> Tensor:
+    """The constrained mean d̄ (eq. 11): over trajectories of their token means, or over all tokens (`"token"`).
+
+    Returns:
+        Scalar; NaN if no token counts.
+    """
+    parts = named(summary)
+    if average == "trajectory":
+        return parts["trajectory_discrepancy"] / parts["trajectories"]
+    return parts["discrepancy"] / parts["valid"]
+
+
+def metrics(summary: Tensor, average: str = "trajectory") -> dict[str, Tensor]:
+    """Every batch metric of a summary, as scalars.
+
+    Args:
+        summary: (K,), of `summarise` or `combine`.
+        average: `"trajectory"` or `"token"`, for `discrepancy/mean`.
+    """
+    s = named(summary)
+    n, sequences = s["valid"], s["trajectories"]
+    covariance = s["pi_mu"] / n - s["pi"] / n * s["mu"] / n
+    variances = (s["pi_sq"] / n - (s["pi"] / n) ** 2) * (s["mu_sq"] / n - (s["mu"] / n) ** 2)
+    maximum = torch.where(n > 0, s["discrepancy_max"], torch.nan)
+    return {
+        "discrepancy/mean": mean_discrepancy(summary, average),
+        "discrepancy/max": maximum,
+        "discrepancy/p99": torch.minimum(_percentile(s[HISTOGRAM], 0.99), maximum),
+        "discrepancy_kept/mean": s["discrepancy_kept"] / s["kept"],
+        # Below a mean |A| of a millionth no sequence has a reward of its own, and a share would say nothing.
+        "penalty_share": torch.where(s["advantage"] > 1e-6 * n, s["penalty"] / s["advantage"], torch.nan),
+        "pearson": (covariance / variances.clamp(min=0).sqrt()).clamp(-1.0, 1.0),
+        "kl": -s["log_ratio"] / n,
+        "k3_kl": (s["ratio"] - s["log_ratio"]) / n - 1.0,
+        "chi2_token": s["ratio_sq"] / n - 1.0,
+        "chi2_seq": s["seq_ratio_sq"] / sequences - 1.0,
+        "ess": s["ratio"] ** 2 / (n * s["ratio_sq"]),
+        "ppl_ratio": s["ppl_ratio"] / sequences,
+        "log_ppl_abs_diff": s["abs_seq_log_ratio"] / sequences,
+        "log_ppl_abs_diff_per_token": s["abs_mean_log_ratio"] / sequences,
+        "nan_fraction": s["unscored_tokens"] / s["tokens"],
+        "importance_ratio/min": torch.where(n > 0, -s["neg_ratio_min"], torch.nan),
+        "importance_ratio/mean": s["ratio"] / n,
+        "importance_ratio/max": torch.where(n > 0, s["ratio_max"], torch.nan),
+        "masked_fraction": 1.0 - s["kept"] / n,
+    }
+
+
+def correction_metrics(summary: Tensor) -> dict[str, Tensor]:
+    """What TRL logs under `sampling/` for its own correction, from the same summary: scalars under TRL's key names.
+
+    NaN where no token counts, as in `metrics`: TRL's log makes it null.
+    """
+    s = named(summary)
+    n = s["valid"]
+    return {
+        "sampling_logp_difference/mean": s["abs_log_ratio"] / n,
+        "sampling_logp_difference/max": torch.where(n > 0, s["abs_log_ratio_max"], torch.nan),
+        "importance_sampling_ratio/min": torch.where(n > 0, -s["neg_correction_min"], torch.nan),
+        "importance_sampling_ratio/mean": s["correction"] / n,
+        "importance_sampling_ratio/max": torch.where(n > 0, s["correction_max"], torch.nan),
+    }
+
+
+def _percentile(histogram: Tensor, q: float) -> Tensor:
+    """The q-quantile of the logarithmic histogram: its bin's geometric centre; 0 for bin 0, NaN if it is empty."""
+    cumulative = histogram.cumsum(0)
+    index = (cumulative < q * cumulative[-1]).sum()
+    centre = 10.0 ** (HISTOGRAM_LOW + (index.to(histogram.dtype) + 0.5) * (HISTOGRAM_DECADES / HISTOGRAM_BINS))
+    value = torch.where(index == 0, torch.zeros_like(centre), centre)
+    return torch.where(cumulative[-1] > 0, value, torch.nan)
+
+
+def discrepancy_metrics(train_logps: Tensor, sampling_logps: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Every metric of one batch that needs nothing but the two sides' log-probs.
+
+    Args:
+        train_logps, sampling_logps: log π and log μ, (B, T), in nats.
+        mask: (B, T); 0 for tokens that do not count.
+
+    Returns:
+        Float32 scalars; the keys are those that the trainer logs, without their `dc/` prefix.
+    """
+    values = metrics(summarise(train_logps, sampling_logps, mask))
+    return {key: value.float() for key, value in values.items() if key != "penalty_share"}

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainer adds to TRL's model card: the constraint, what was measured, scores, and a picture of the run."""
+
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import SchedulerType
+
+from dc_trl.config import DCGRPOConfig
+from dc_trl.records.card.model_index import model_index_results
+from dc_trl.records.card.series import DISCREPANCY, series
+from dc_trl.records.results import newest_results, read_results, score
+from dc_trl.rollouts.engines import engine_name
+
+CARD = "README.md"
+CURVES = "curves.png"
+
+LENGTH_DECAY_CITATION = """\
+```bibtex
+@article{zhang2026beyond,
+    title  = {{Beyond Precision: Training-Inference Mismatch is an Optimization Problem
+               and Simple LR Scheduling Fixes It}},
+    author = {Yaxiang Zhang and Yingru Li and Jiakai Liu and Jiawei Xu and Ziniu Li and Qian Liu and Haoyuan Li},
+    year   = 2026,
+    eprint = {arXiv:2602.01826},
+}
+```
+"""
+
+# The tail and the entropy stand beside the mean: a small mean |π − μ| alone does not prove that the engines agree.
+MEASURED = (
+    DISCREPANCY,
+    "dc/discrepancy/p99",
+    "dc/discrepancy/max",
+    "dc/chi2_token",
+    "dc/ess",
+    "dc/importance_ratio/min",
+    "dc/importance_ratio/max",
+    "dc/log_ppl_abs_diff",
+    "dc/penalty_share",
+    "dc/multiplier",
+    "entropy",
+    "completions/mean_length",
+    "reward",
+)
+
+# What TRL's template says where the base model is not on the Hub, or nothing is pushed, and what is true then.
+_UNKNOWN = {
+    "fine-tuned version of [None](https://huggingface.co/None)": "fine-tuned version of a model not on the Hub",
+    'model="None"': 'model="path/to/this/folder"',
+}
+
+
+def complete(
+    folder: Path, args: DCGRPOConfig, tolerance: float | None, multiplier: float, log_history: Sequence[dict[str, Any]]
+) -> None:
+    """Completes the card that TRL has just written to `folder`, and draws `curves.png` beside it.
+
+    The section comes before the citations. Benchmark scores that `dc-trl evaluate` left in `folder/evaluation` go into
+    the section, and into `model-index` in the card's header, from which the Hub shows them.
+
+    Args:
+        folder: the trainer's output_dir.
+        args: the run's configuration.
+        tolerance: in units of the discrepancy metric; None while calibrating.
+        multiplier: λ now.
+        log_history: the Trainer's.
+    """
+    # Loads matplotlib, which a trainer that never writes a card does not need.
+    from dc_trl.records.card.curves import save_curves
+
+    card = ModelCard.load(folder / CARD)
+    results = newest_results(read_results(folder))
+    parts = [_settings(args, tolerance, multiplier), _measurements(log_history)]
+    if save_curves(log_history, tolerance, folder / CURVES):
+        parts.append(f"![Curves]({CURVES})\n")
+    parts += [_evaluation(log_history), _benchmarks(results)]
+    text = card.text
+    for wrong, right in _UNKNOWN.items():
+        text = text.replace(wrong, right)
+    card.text = with_section(text, "\n".join(part for part in parts if part))
+    if entries := model_index_results(results):
+        card.data.eval_results = entries
+        card.data.model_name = card.data.get("model_name") or folder.resolve().name
+    card.save(folder / CARD)
+
+
+def copy_card(output_dir: Path, checkpoint: Path) -> None:
+    """Copies the card and its picture from `output_dir` into a checkpoint; what is not there is not copied."""
+    for name in (CARD, CURVES):
+        if (output_dir / name).is_file():
+            shutil.copyfile(output_dir / name, checkpoint / name)
+
+
+def with_section(card: str, section: str) -> str:
+    """The card's text with the section before its citations, and the second paper's citation at its end."""
+    marker = "\n## Citations"
+    head, found, tail = card.partition(marker)
+    citations = f"{marker}{tail.rstrip() if found else ''}\n\nCite length-decay as:\n\n{LENGTH_DECAY_CITATION}"
+    return f"{head.rstrip()}\n\n{section}{citations}"
+
+
+def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float) -> str:
+    corrected = args.vllm_importance_sampling_correction
+    rows = {
+        "constraint": args.constraint,
+        "discrepancy metric, level, average": f"{args.discrepancy_metric}, {args.discrepancy_level}, "
+        f"{args.discrepancy_average}",
+        "tolerance": _tolerance(args, tolerance),
+        "multiplier: initial, now, maximum": f"{args.multiplier_init}, {_number(multiplier)}, {args.multiplier_max}",
+        "dual learning rate": args.dual_lr,
+        "rollout engine": engine_name(vars(args)),
+        "importance sampling": args.vllm_importance_sampling_mode if corrected else "none",
+        "length-decay": args.length_decay,
+        "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
+        "learning rate, schedule": f"{args.learning_rate}, {SchedulerType(args.lr_scheduler_type).value}",
+    }
+    return f"## Discrepancy constraint\n\n{_table(('setting', 'value'), rows.items())}"
+
+
+def _measurements(log_history: Sequence[dict[str, Any]]) -> str:
+    """The final value of each of `MEASURED`: its mean over the last tenth of the log, and its last value."""
+    rows = []
+    for key in MEASURED:
+        values = series(log_history, key).values
+        tenth = values[-math.ceil(len(values) / 10) :]
+        if values:
+            rows.append((f"`{key}`", _number(sum(tenth) / len(tenth)), _number(values[-1])))
+        elif key == DISCREPANCY:
+            rows.append((f"`{key}`", "not measured", "not measured"))
+    step = f", step {log_history[-1]['step']}" if log_history else ""
+    return f"### Final values{step}\n\n{_table(('metric', 'mean of the last tenth of the log', 'last'), rows)}"
+
+
+def _evaluation(log_history: Sequence[dict[str, Any]]) -> str:
+    last: dict[str, Any] = next(
+        (entry for entry in reversed(log_history) if any(key.startswith("eval_") for key in entry)), {}
+    )
+    rewards = [key for key in last if key.startswith("eval_rewards/") and key.endswith("/mean")]
+    keys = [f"eval_{key}" for key in ("reward", "entropy", "completions/mean_length", DISCREPANCY)]
+    rows = [(f"`{key}`", _number(last[key])) for key in [*rewards, *keys] if last.get(key) is not None]
+    if not rows:
+        return ""
+    return f"### Evaluation during training, step {last['step']}\n\n{_table(('metric', 'value'), rows)}"
+
+
+def _benchmarks(results: Iterable[dict[str, Any]]) -> str:
+    rows = [
+        (
+            f"{result['title']}, {result['metric']}",
+            score(result["mean"], result["stderr"]),
+            f"first {result['problems']}" if result["limit"] else result["problems"],
+            f"{result['temperature']}, {result['top_p']}, {result['max_tokens']}",
+            f"{result['engine']}, {result['precision']}",
+            result["time"][:10],
+        )
+        for result in results
+    ]
+    titles = ("benchmark", "score, %", "problems", "temperature, top-p, max tokens", "engine, precision", "evaluated")
+    return f"### Benchmarks\n\n{_table(titles, rows)}" if rows else ""
+
+
+def _tolerance(args: DCGRPOConfig, tolerance: float | None) -> str:
+    if tolerance is None:
+        return "still being calibrated"
+    if args.discrepancy_tolerance is not None:
+        return f"{_number(tolerance)} (given)"
+    batches = args.tolerance_calibration_batches
+    floor = f"the mean of the first {batches} generation batches"
+    return f"{_number(tolerance)} (calibrated: {args.tolerance_slack} × {floor})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

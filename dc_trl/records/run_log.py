@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log of a run as it goes on: `log.jsonl` in the output directory, its writer and its reader.
+
+transformers writes its log history with a checkpoint only, so a run between two checkpoints could not be looked at.
+Here each entry is one line, written when it is logged. A start of training is a line too, with the settings, so that
+the reader knows which entries a resumed run repeats.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dc_trl.records.json_lines import append_lines, mend_end
+
+LOG_FILE = "log.jsonl"
+STATE_FILE = "trainer_state.json"
+
+# What a person needs to tell two runs apart; TRL's and transformers' fields beside those of this package.
+_SETTINGS = (
+    *("constraint", "discrepancy_metric", "discrepancy_level", "discrepancy_average", "discrepancy_tolerance"),
+    *("tolerance_slack", "tolerance_calibration_batches", "multiplier_init", "multiplier_max", "dual_lr"),
+    *("length_decay", "length_decay_period", "length_surge_ratio", "length_decay_factor", "advantage_estimator"),
+    *("zero_variance_groups", "rollout_backend", "rollout_precision", "use_vllm", "vllm_mode", "vllm_engine_kwargs"),
+    *("weight_sync", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "loss_type", "beta"),
+    *("vllm_importance_sampling_clip_max", "learning_rate", "lr_scheduler_type", "max_completion_length"),
+    *("num_generations", "num_iterations", "generation_batch_size", "temperature", "bf16", "fp16", "seed"),
+)
+
+
+class RunLogCallback(TrainerCallback):
+    """Appends every log entry to `output_dir/log.jsonl`, from the main process, with any transformers trainer."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the start: its step (above 0 after a resume), time, model and settings."""
+        settings = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+        model = getattr(getattr(kwargs.get("model"), "config", None), "_name_or_path", "")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        start = {"step": state.global_step, "time": now, "max_steps": state.max_steps, "model": model}
+        if state.is_world_process_zero:
+            mend_end(Path(str(args.output_dir), LOG_FILE))
+        self._append(args, state, {"start": start | {"settings": settings}})
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the entry that was just added to the log history."""
+        self._append(args, state, state.log_history[-1])
+
+    def _append(self, args: TrainingArguments, state: TrainerState, line: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            append_lines(Path(str(args.output_dir), LOG_FILE), [line])
+
+
+@dataclass
+class Run:
+    """What the log of a run says, as of now.
+
+    Attributes:
+        name: the directory's.
+        start: the last start's `step`, `time`, `max_steps` and `model`; from transformers' state, `max_steps` alone.
+        settings: the last start's; empty from transformers' state.
+        entries: the log history, in order, without what a resumed run repeated.
+        source: the file that was read.
+    """
+
+    name: str
+    source: Path
+    start: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's log, also while it is being written.
+
+    A run without `log.jsonl`, such as one of TRL's own trainer, is read from `trainer_state.json` in the folder or in
+    its newest checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, or holds neither.
+        ValueError: a line of the log, other than a last one that is cut off, or the state, is not what was written.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"the run directory {folder} {what} (looked from {Path.cwd()}).")
+    if (folder / LOG_FILE).is_file():
+        return _read_log(folder)
+    states = sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime)
+    states += [path for path in [folder / STATE_FILE] if path.is_file()]
+    if not states:
+        raise FileNotFoundError(
+            f"{folder} holds no run: neither {LOG_FILE}, which DCGRPOTrainer writes while it trains, nor a checkpoint "
+            f"with {STATE_FILE}. Name a trainer's output_dir; for other trainers, add RunLogCallback to `callbacks`."
+        )
+    return _read_state(folder, states[-1])
+
+
+def _read_state(folder: Path, source: Path) -> Run:
+    try:
+        state = json.loads(source.read_text(encoding="utf-8"))
+        start = {"max_steps": int(state["max_steps"])}
+        entries = list(state["log_history"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} is not the state of a transformers trainer ({error!r}): remove it.") from error
+    for number, entry in enumerate(entries, start=1):
+        _check_line(entry, f"entry {number} of {source}")
+    return Run(folder.resolve().name, source, start, {}, entries)
+
+
+def _read_log(folder: Path) -> Run:
+    run = Run(folder.resolve().name, folder / LOG_FILE)
+    for line in _lines(run.source):
+        if "start" in line:
+            run.start = line["start"]
+            run.settings = run.start.pop("settings")
+            run.entries = [entry for entry in run.entries if entry["step"] <= run.start["step"]]
+        else:
+            run.entries.append(line)
+    return run
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a logged value is a number that can be drawn."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no newline yet: it is being written
+                return
+            raise ValueError(f"line {number} of {path} is not JSON ({error}). Remove that line.") from error
+        _check_line(value, f"line {number} of {path}")
+        yield value
+
+
+def _check_line(line: Any, where: str) -> None:
+    """Readers count on the numbers of steps, and pages print them."""
+    is_start = isinstance(line, dict) and "start" in line
+    holder = line["start"] if is_start else line
+    numbers = [holder.get("step"), holder.get("max_steps", 0)] if isinstance(holder, dict) else [None]
+    if any(type(number) is not int for number in numbers) or (
+        is_start and not isinstance(holder.get("settings"), dict)
+    ):
+        raise ValueError(f"{where} is neither a log entry with its step nor the start of a run. Remove it.")

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of a generation batch, one row each, as a parquet file: which tokens do the two engines disagree on?
+
+Shapes: B sequences, P prompt tokens, T completion tokens.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from dc_trl.discrepancy import is_scored
+from dc_trl.step import Step
+
+FOLDER = "tokens"
+
+Decode = Callable[[list[int]], str]
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("completion", pa.int32()),
+        ("position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("token", pa.dictionary(pa.int32(), pa.string())),
+        ("train_logp", pa.float32()),
+        ("sampling_logp", pa.float32()),
+        ("discrepancy", pa.float32()),
+        ("penalty", pa.float32()),
+        ("advantage", pa.float32()),
+        ("valid", pa.bool_()),
+        ("prompt", pa.dictionary(pa.int32(), pa.string())),
+    ]
+)
+"""A row is a completion token that the sampling engine scored (`dc_trl.discrepancy.is_scored`): step, completion (its
+index in the batch) and position; log π and log μ; discrepancy by the run's metric; penalty as it was taken off;
+advantage before it; whether the token counts in loss and discrepancy; and the prompt as text."""
+
+
+class TokenLog:
+    """Collects the micro-batches of an iteration, and writes the last complete iteration when asked.
+
+    Args:
+        folder: the run's output directory; files go to `folder/tokens/`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+        self._collected: list[dict[str, Tensor]] = []
+        self._complete: list[dict[str, Tensor]] = []
+
+    def add(self, inputs: dict[str, Tensor], step: Step) -> None:
+        """Takes in one micro-batch.
+
+        Args:
+            inputs: TRL's batch, for `prompt_ids`, `prompt_mask` (B, P), `completion_ids` and `completion_mask` (B, T).
+            step: the record of the same micro-batch.
+        """
+        self._collected.append(
+            {
+                "prompt_ids": inputs["prompt_ids"],
+                "prompt_mask": inputs["prompt_mask"],
+                # A dropped group is out of the completion mask, and measured all the same.
+                "shown": inputs["completion_mask"].bool() | step.masks.scored,
+                "token_id": inputs["completion_ids"],
+                "train_logp": step.train_logps,
+                "sampling_logp": step.sampling_logps,
+                "discrepancy": step.discrepancy,
+                "penalty": step.penalty,
+                "advantage": step.advantages,
+                "valid": step.masks.scored,
+            }
+        )
+
+    def end_iteration(self) -> None:
+        """What was collected becomes the iteration that `write` writes."""
+        self._complete, self._collected = self._collected, []
+
+    def write(self, step: int, gather: Callable[[list[Any]], list[Any]], decode: Decode | None) -> None:
+        """Writes `tokens/tokens_{step:05d}.parquet` in one piece, unless nothing was collected. A collective.
+
+        Args:
+            step: optimizer steps done.
+            gather: concatenates one list a rank, in the order of the ranks.
+            decode: text of a list of token ids, special tokens included; None on the ranks that do not write.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        batches, self._complete = self._complete, []
+        sequences = gather([sequence for batch in batches for sequence in _sequences(batch)])
+        if decode is None or not sequences:
+            return
+        path = self.folder / f"tokens_{step:05d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.tmp")
+        pq.write_table(_table(step, sequences, decode), partial)
+        os.replace(partial, path)
+
+
+def _table(step: int, sequences: list[dict[str, np.ndarray]], decode: Decode) -> pa.Table:
+    lengths = [len(sequence["position"]) for sequence in sequences]
+    columns: dict[str, Any] = {
+        name: np.concatenate([sequence[name] for sequence in sequences]) for name in sequences[0] if name != "prompt"
+    }
+    ids, token_index = np.unique(columns["token_id"], return_inverse=True)
+    prompts = [decode(sequence["prompt"].tolist()) for sequence in sequences]
+    columns["step"] = np.full(sum(lengths), step)
+    columns["completion"] = np.repeat(np.arange(len(sequences)), lengths)
+    columns["token"] = _dictionary(token_index, [decode([token]) for token in ids.tolist()])
+    columns["prompt"] = _dictionary(columns["completion"], prompts)
+    arrays = [pa.array(columns[field.name]).cast(field.type) for field in SCHEMA]
+    return pa.table(arrays, schema=SCHEMA)
+
+
+# What a micro-batch itself gives; the rest is known once the sequences of all ranks are together.
+_TOKEN_COLUMNS = (
+    "token_id",
+    "train_logp",
+    "sampling_logp",
+    "discrepancy",
+    "penalty",
+    "advantage",
+    "valid",
+)
+
+
+def _sequences(batch: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
+    """The sequences of a micro-batch, each as columns of its scored tokens and the ids of its prompt."""
+    columns = {name: _column(batch[name].expand_as(batch["token_id"])) for name in _TOKEN_COLUMNS}
+    scored = (batch["shown"] & is_scored(batch["sampling_logp"])).cpu().numpy()
+    prompts = _column(batch["prompt_ids"])
+    prompt_masks = batch["prompt_mask"].bool().cpu().numpy()
+    found = []
+    for row, keep in enumerate(scored):
+        sequence = {name: column[row][keep] for name, column in columns.items()}
+        sequence |= {"position": np.flatnonzero(keep), "prompt": prompts[row][prompt_masks[row]]}
+        found.append(sequence)
+    return found
+
+
+def _column(tensor: Tensor) -> np.ndarray:
+    # NumPy has no bfloat16.
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+def _dictionary(indices: np.ndarray, values: list[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(values, pa.string()))

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dc-trl calibrate` on two gloo ranks whose weights FSDP2 shards. Run as a program, it is one of the ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from places import SUPPORT
+from test_calibration import statuses, write_problems
+from tiny import save_tiny_policy
+
+
+def test_sharded_weights_are_nudged_and_put_back(tmp_path: Path) -> None:
+    flags = {"model_name_or_path": save_tiny_policy(tmp_path / "policy"), "output_dir": tmp_path / "out"}
+    flags |= {"dataset_name": write_problems(tmp_path / "sums.jsonl"), "prompt_template": "{problem}"}
+    options = {"bf16": "false", "use_cpu": "true", "gradient_checkpointing": "false", "problems": "8"}
+    options |= {"num_generations": "8", "per_device_train_batch_size": "32", "max_completion_length": "8"}
+    options |= {"rollout_backend": "transformers", "rollout_precision": "bf16"}
+    script = str(SUPPORT / "calibration_ranks_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    command += [str(part) for key, value in (flags | options).items() for part in (f"--{key}", value)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("Recommended:") == 1  # the main process alone prints
+    found = json.loads((tmp_path / "out/calibration.json").read_text(encoding="utf-8"))
+    assert found["run"]["processes"] == 2 and found["distribution"]["completions"] == 2 * 8 * 8
+    assert set(statuses(found).values()) == {"pass"} and found["weights_moved"] == 0.0
+    assert 3e-4 < found["floor"]["value"] < 3e-3
+    means = {name: table["metrics"]["logprob_diff"]["mean"] for name, table in found["passes"].items()}
+    assert means["stale"] > 8 * means["second"] and means["nudged"] < 2 * means["second"]

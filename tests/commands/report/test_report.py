@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report as text: what it takes from the logs, and what it leaves out and says so."""
+
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plotly import graph_objects
+from report_pages import Page, report, surge_entries, traces, write_log
+from runs import dc_trainer, trl_trainer
+from transformers import TrainerCallback
+
+from dc_trl.commands.report.charts import COLORS, MAX_POINTS, points
+from dc_trl.commands.report.command import report_command
+from dc_trl.commands.report.panels import MAIN_PANELS, TAIL_PANELS
+from dc_trl.commands.usage import UsageError
+from dc_trl.records.run_log import Run
+
+# Charts
+
+
+def test_every_figure_is_plotlys_and_holds_the_logged_values(tmp_path: Path) -> None:
+    keys = {s.key for panel in (*MAIN_PANELS, *TAIL_PANELS) for row in panel.rows for s in row.series}
+    entries = [{"step": step} | {key: step + 0.25 for key in keys} for step in (1, 2, 3)]
+    page = report(write_log(tmp_path, entries))
+    assert set(page.data["figures"]) == {panel.name for panel in (*MAIN_PANELS, *TAIL_PANELS)}
+    for figure in page.data["figures"].values():
+        graph_objects.Figure(figure)  # raises for anything that plotly does not know
+        for trace in figure["data"]:
+            if trace.get("fill") != "toself":
+                assert (trace["x"], trace["y"]) == ([1, 2, 3], [1.25, 2.25, 3.25])
+    assert "Never logged" not in page.text
+
+
+def test_the_band_is_one_standard_deviation_around_the_reward(tmp_path: Path) -> None:
+    entries = [{"step": 1, "reward": 0.5, "reward_std": 0.2}, {"step": 2, "reward": 0.75, "reward_std": None}]
+    band = traces(report(write_log(tmp_path, entries)), "reward")["band"]
+    assert (band["x"], band["y"]) == ([1, 1], [0.7, 0.3])  # step 2 has no deviation
+
+
+def test_values_that_are_no_number_are_gaps(tmp_path: Path) -> None:
+    entries = [{"step": s, "reward": v} for s, v in enumerate([1.0, math.nan, None, math.inf, "x", 2.0])]
+    assert traces(report(write_log(tmp_path, entries)), "reward")["training"]["y"] == [1, None, None, None, None, 2]
+
+
+def test_long_series_keep_their_spikes(tmp_path: Path) -> None:
+    entries = [{"step": step, "k": 1.0} for step in range(50_000)]
+    entries[12_345]["k"], entries[40_000]["k"], entries[7]["k"] = 9.0, -9.0, math.nan
+    steps, values = points(Run("r", tmp_path, entries=entries), "k")
+    assert len(steps) <= MAX_POINTS
+    assert steps == sorted(steps)
+    assert {(12_345, 9.0), (40_000, -9.0)} <= set(zip(steps, values, strict=True))
+
+
+def test_integers_beyond_floats_are_gaps(tmp_path: Path) -> None:
+    entries = [{"step": 1, "reward": 10**400}, {"step": 2, "reward": 0.5}]
+    assert traces(report(write_log(tmp_path, entries)), "reward")["training"]["y"] == [None, 0.5]
+
+
+def test_a_run_with_evaluations_only_is_drawn(tmp_path: Path) -> None:
+    page = report(write_log(tmp_path, [{"step": s, "eval_reward": s / 4, "dc/tolerance": 1.0} for s in (1, 2)]))
+    assert set(page.data["figures"]) == {"reward"}  # and no chart for a tolerance alone
+    assert traces(page, "reward")["evaluation"]["y"] == [0.25, 0.5]
+    assert re.search(r"Never logged:\s+reward\s+\.", page.text)
+
+
+def test_lines_are_explained_where_the_last_value_is_zero(tmp_path: Path) -> None:
+    entry = {"step": 1, "dc/importance_ratio/max": 1.5, "dc/importance_ratio/min": 0.0}
+    assert "Solid: largest; dotted: smallest." in report(write_log(tmp_path, [entry])).text
+
+
+def test_a_surge_that_is_no_number_is_not_marked(tmp_path: Path) -> None:
+    entries = surge_entries(60)
+    entries[-1] |= {"length_decay/surge_step": "<b>", "length_decay/lr_scale": "x"}
+    figures = report(write_log(tmp_path, entries)).data["figures"]
+    assert not any("surge" in note["text"] for note in figures["length"]["layout"]["annotations"])
+
+
+def test_a_constant_is_drawn_on_an_axis_from_zero(tmp_path: Path) -> None:
+    entries = [{"step": step, "learning_rate": 2e-4, "entropy": 0.0} for step in (1, 2)]
+    figures = report(write_log(tmp_path, entries)).data["figures"]
+    assert figures["learning_rate"]["layout"]["yaxis"]["range"] == pytest.approx([0, 2.4e-4])
+    assert figures["entropy"]["layout"]["yaxis"]["range"] == [0, 1]
+
+
+def test_calibration_surge_and_halving_are_marked(tmp_path: Path) -> None:
+    page = report(write_log(tmp_path, surge_entries()))
+    (shade,) = page.data["figures"]["discrepancy"]["layout"]["shapes"]
+    assert (shade["x0"], shade["x1"]) == (0, 3)
+    for panel in ("length", "learning_rate"):
+        shapes = page.data["figures"][panel]["layout"]["shapes"]
+        assert [(shape["x0"], shape["line"]["dash"]) for shape in shapes] == [(20.0, "solid"), (36, "dot")]
+    assert page.text.count("Surge at step 20; rate lowered at step 36.") == 2
+    assert "the tolerance was not known yet, up to step 3." in page.text
+
+
+def test_a_panel_without_values_says_so_and_draws_nothing(tmp_path: Path) -> None:
+    page = report(write_log(tmp_path, [{"step": 1, "reward": 1.0, "entropy": None}]))
+    assert set(page.data["figures"]) == {"reward"}
+    assert [attrs["data-figure"] for _, attrs in page.elements if "data-figure" in attrs] == ["reward"]
+    for key in ("entropy", "dc/discrepancy/mean", "dc/tolerance", "dc/ess"):
+        assert key in page.text
+    assert "an engine that gives log-probs" in page.text
+
+
+# Runs
+
+
+def test_the_summary_has_the_last_values(tmp_path: Path) -> None:
+    page = report(write_log(tmp_path / "alpha", surge_entries()))
+    assert "60 of 100" in page.text
+    for value in ("0.6", "0.004", "0.005", "80% of tolerance"):
+        assert value in page.words
+    assert re.search(r"\d+ s before this page was made", page.text)
+
+
+def test_several_runs_share_the_charts_and_differing_settings_are_listed(tmp_path: Path) -> None:
+    settings = {"seed": 1, "constraint": "lagrangian"}
+    one = write_log(tmp_path / "one", surge_entries(), settings=settings)
+    two = write_log(tmp_path / "two", surge_entries(30), settings=settings | {"constraint": "none"})
+    page = report(one, two)
+    named = traces(page, "reward")
+    assert [len(named[name]["x"]) for name in ("one", "two")] == [60, 30]
+    assert named["one"]["line"]["color"] != named["two"]["line"]["color"]
+    assert page.data["figures"]["reward"]["layout"]["showlegend"]
+    differing = page.text.partition("Settings that differ")[2].partition("All settings")[0]
+    assert "constraint" in differing and "seed" not in differing
+
+
+def test_more_runs_than_colours_are_dashed(tmp_path: Path) -> None:
+    runs = [write_log(tmp_path / f"run{i}", surge_entries(20)) for i in range(COLORS + 1)]
+    named = traces(report(*runs), "reward")
+    first, ninth = named["run0"]["line"], named[f"run{COLORS}"]["line"]
+    assert first["color"] == ninth["color"] and first["dash"] != ninth["dash"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    one = write_log(tmp_path / "a" / "out", surge_entries())
+    two = write_log(tmp_path / "b" / "out", surge_entries())
+    assert report(one, two).data["runs"] == [str(one), str(two)]
+
+
+def test_a_run_of_trls_own_trainer(tmp_path: Path) -> None:
+    trl_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    page = report(tmp_path)
+    assert len(traces(page, "reward")["training"]["x"]) == 2
+    assert "Never logged: dc/discrepancy/mean" in re.sub(r"\s+", " ", page.text)
+    assert "log_tokens=True" in page.text
+
+
+class ReportCallback(TrainerCallback):
+    """Makes the report in the middle of training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pages: list[str] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            assert report_command([str(self.folder)]) == 0
+            self.pages.append((self.folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_run_still_going_on(tmp_path: Path) -> None:
+    callback = ReportCallback(tmp_path)
+    trainer = dc_trainer(tmp_path, log_tokens=True, tolerance_calibration_batches=1, callbacks=[callback])
+    trainer.train()
+    for done, text in enumerate(callback.pages, start=1):
+        page = Page(text)
+        assert f"{done} of 3" in page.text
+        assert traces(page, "reward")["training"]["x"] == list(range(1, done + 1))
+        assert page.data["steps"][0]["step"] == done
+    assert len(callback.pages) == 2
+    last = report(tmp_path).data["steps"][0]
+    logged = trainer.state.log_history[-2]["dc/discrepancy/mean"]
+    means = [c["mean"] for c in last["completions"] for _ in range(c["times"])]
+    assert sum(means) / len(means) == pytest.approx(logged, rel=1e-3)  # 8 completions: all are shown
+
+
+def test_a_half_written_line_is_left_for_later(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, surge_entries(10))
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"step": 11, "rew')
+    assert len(traces(report(folder), "reward")["training"]["x"]) == 10
+
+
+def test_a_run_that_has_logged_nothing_yet(tmp_path: Path) -> None:
+    page = report(write_log(tmp_path, []))
+    assert page.data["figures"] == {}
+    assert "0 of 100" in page.text
+
+
+# The command
+
+
+def test_the_page_is_written_beside_the_log_or_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_log(tmp_path / "run", surge_entries(5))
+    assert report_command([str(folder)]) == 0
+    assert str(folder / "report.html") in capsys.readouterr().out
+    report_command([str(folder), "--output", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "report.html"]
+
+
+def test_a_directory_is_no_page(tmp_path: Path) -> None:
+    write_log(tmp_path, [])
+    with pytest.raises(UsageError, match="is a directory: name a file in it"):
+        report_command([str(tmp_path), "--output", str(tmp_path)])
+
+
+def test_a_page_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "run", surge_entries(5))
+    with pytest.raises(UsageError, match="--output"):
+        report_command([str(folder), "--output", str(tmp_path / "missing" / "page.html")])
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UsageError, match="--output"):
+        report_command([str(folder), "--output", str(tmp_path / "taken")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
+
+
+def test_directories_without_a_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        report_command([str(tmp_path / "nowhere")])
+    with pytest.raises(UsageError, match=r"log\.jsonl"):
+        report_command([str(tmp_path)])
+
+
+def test_without_plotly_the_way_to_get_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(UsageError, match=r"pip install 'dc-trl\[report\]'"):
+        report_command([str(folder)])

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""log.jsonl: the whole log while the run goes on, and after it was killed and resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import dc_trainer, trl_trainer
+from transformers import TrainerCallback
+
+from dc_trl.records.run_log import LOG_FILE, RunLogCallback, read_run
+
+
+class Reading(TrainerCallback):
+    """Reads the log at the end of each step, as a report on a running run would."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append([entry["step"] for entry in read_run(Path(args.output_dir)).entries])
+
+
+def test_the_log_is_the_history_and_grows_with_the_run(tmp_path: Path) -> None:
+    reading = Reading()
+    trainer = dc_trainer(tmp_path, callbacks=[reading])
+    trainer.train()
+    run = read_run(tmp_path)
+    assert run.entries == trainer.state.log_history and len(run.entries) == 4
+    assert reading.seen == [[], [1], [1, 2]]  # a step is logged after its end
+    assert run.start["step"] == 0 and run.start["max_steps"] == 3
+    assert run.settings["constraint"] == "lagrangian" and run.settings["rollout_precision"] == "int4"
+    assert run.name == tmp_path.name
+
+
+def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    dc_trainer(tmp_path, **options).train()
+    first = read_run(tmp_path).entries
+    log = tmp_path / LOG_FILE
+    log.write_text(log.read_text() + '{"step": 5, "rew')  # killed in the middle of a line
+    assert read_run(tmp_path).entries == first
+    resumed = dc_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    run = read_run(tmp_path)
+    assert [entry["step"] for entry in run.entries] == [1, 2, 3, 4, 4]
+    assert run.entries == resumed.state.log_history and run.start["step"] == 2
+
+
+def test_a_new_run_in_the_same_directory_starts_anew(tmp_path: Path) -> None:
+    dc_trainer(tmp_path, max_steps=2).train()
+    second = dc_trainer(tmp_path, max_steps=1)
+    second.train()
+    assert read_run(tmp_path).entries == second.state.log_history
+
+
+def test_any_trainer_can_keep_the_log(tmp_path: Path) -> None:
+    trainer = trl_trainer(tmp_path, max_steps=1)
+    trainer.add_callback(RunLogCallback())
+    trainer.train()
+    assert read_run(tmp_path).entries == trainer.state.log_history
+
+
+def test_trls_own_runs_are_read_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    trainer = trl_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    run = read_run(tmp_path)
+    assert run.source == tmp_path / "checkpoint-2/trainer_state.json"
+    assert run.entries == trainer.state.log_history[:2] and run.settings == {}
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds no run: neither log.jsonl"):
+        read_run(tmp_path)
+    (tmp_path / LOG_FILE).write_text(f"{json.dumps({'step': 1})}\nnot JSON\n{json.dumps({'step': 2})}\n")
+    with pytest.raises(ValueError, match="line 2 of .*log.jsonl is not JSON"):
+        read_run(tmp_path)
+
+
+START = {"step": 0, "max_steps": 3, "settings": {}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(None, 3, [], {"reward": 1.0}, {"step": '"><img>'}, {"step": 1.5}, {"step": 1, "start": None}),
+        *({"start": []}, {"start": {"step": 0}}, {"start": START | {"max_steps": "3"}}),
+        {"start": START | {"settings": [1]}},
+    ],
+)
+def test_a_line_of_another_kind_is_named(tmp_path: Path, line: Any) -> None:
+    (tmp_path / LOG_FILE).write_text(f"{json.dumps({'start': START})}\n{json.dumps(line)}\n")
+    with pytest.raises(ValueError, match="line 2 of .*log.jsonl is neither a log entry with its step nor the start"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("{", r"trainer_state.json is not the state of a transformers trainer \(JSONDecodeError"),
+        ("[]", "is not the state of a transformers trainer"),
+        ('{"max_steps": 3}', "KeyError"),
+        ('{"max_steps": 3, "log_history": [{"step": 1}, {"loss": 1}]}', "entry 2 of .*trainer_state.json is neither"),
+    ],
+)
+def test_a_state_of_another_kind_is_named(tmp_path: Path, state: str, message: str) -> None:
+    (tmp_path / "trainer_state.json").write_text(state)
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight sync over disk with a real vLLM server on loopback: one server for the module, killed and restarted once."""
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from runs import dc_trainer, logged
+from served_policy import BFLOAT16, FLOAT32, engine, gap
+from tiny import OFF_TILE, save_tiny_policy, tiny_model
+from transformers import TrainerCallback
+from vllm_process import VLLMServer
+
+from dc_trl.rollouts.vllm_server import check_logprobs_mode
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    directory = tmp_path_factory.mktemp("server")
+    server = VLLMServer(save_tiny_policy(directory / "policy", tiny_model(**OFF_TILE)), directory / "server.log")
+    try:
+        yield server.start("--dtype", "float32", "--block-size", "32")
+    finally:
+        server.kill()
+
+
+def perturbed(seed: int, scale: float = 0.05) -> Any:
+    """The served model after what a few large optimizer steps might do to it."""
+    model = tiny_model(**OFF_TILE)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def test_the_server_follows_the_trainer(server: VLLMServer, tmp_path: Path) -> None:
+    check_logprobs_mode(server.url, timeout=5)
+    model = perturbed(seed=1)
+    rollouts = engine(server, model, tmp_path)
+    assert gap(rollouts, model) > 100 * FLOAT32, "the server starts from other weights"
+    # The prompt's blocks are in the prefix cache now, computed with the old weights: only a reset gets rid of them.
+    rollouts.sync_weights()
+    assert gap(rollouts, model) < FLOAT32
+    for seed in (2, 3):
+        model.load_state_dict(perturbed(seed).state_dict())
+        rollouts.sync_weights()
+        assert gap(rollouts, model) < FLOAT32
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["policy-00000002", "policy-00000003"]
+
+
+def test_a_stale_prefix_cache_would_show(server: VLLMServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perturbed(seed=4)
+    rollouts = engine(server, model, tmp_path)
+    rollouts.sync_weights()
+    assert gap(rollouts, model) < FLOAT32
+    model.load_state_dict(perturbed(seed=5).state_dict())
+    post = rollouts.vllm_client.session.post
+
+    def without_reset(url: str, **kwargs: Any) -> Any:
+        return post(url.replace("reset_prefix_cache", "reset_mm_cache"), **kwargs)
+
+    monkeypatch.setattr(rollouts.vllm_client.session, "post", without_reset)
+    rollouts.sync_weights()
+    monkeypatch.undo()
+    assert gap(rollouts, model) > 10 * FLOAT32
+
+
+def test_adapters_are_served_merged(server: VLLMServer, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    model = get_peft_model(perturbed(seed=6), config).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rollouts = engine(server, model, tmp_path)
+    rollouts.sync_weights()
+    assert gap(rollouts, model) < FLOAT32
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class KillServer(TrainerCallback):
+    """Kills the server at the end of a step."""
+
+    def __init__(self, server: VLLMServer, step: int) -> None:
+        self.server, self.step = server, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.server.kill()
+
+
+def test_a_run_survives_its_server(server: VLLMServer, tmp_path: Path) -> None:
+    options = {"use_vllm": True, "vllm_mode": "server", "weight_sync": "disk", "vllm_server_base_url": server.url}
+    options |= {"vllm_server_timeout": 5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer = dc_trainer(tmp_path, model=tiny_model(**OFF_TILE), callbacks=[KillServer(server, step=3)], **options)
+    with pytest.raises(ConnectionError, match=f"{server.url}.*resume_from_checkpoint"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert max(logged(trainer, "dc/discrepancy/mean")) < FLOAT32
+    for action in (trainer.vllm_generation.sync_weights, lambda: gap(trainer.vllm_generation, trainer.model)):
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match=f"{server.url}.*resume_from_checkpoint"):
+            action()
+        assert time.monotonic() - start < 3 * 5
+    with pytest.raises(ConnectionError, match=f"{server.url}.*vllm_server_timeout"):
+        dc_trainer(tmp_path, **options)
+
+    server.start()  # from its own old checkpoint, and now in bfloat16, as its config.json says
+    resumed = dc_trainer(tmp_path, model=tiny_model(**OFF_TILE), **options)
+    assert gap(resumed.vllm_generation, trainer.model) > BFLOAT16
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert max(logged(resumed, "dc/discrepancy/mean")[2:]) < 0.02
+    resumed.vllm_generation.sync_weights()
+    assert gap(resumed.vllm_generation, resumed.model) < BFLOAT16

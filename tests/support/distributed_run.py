@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training runs for one process or several, by name; on several, one of the ranks that test_distributed.py starts.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/support/distributed_run.py WORLD_SIZE DIRECTORY RUN...
+
+Each rank leaves what it has seen in DIRECTORY/rank{N}.pt: a `report` for each run.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from datasets import Dataset
+from runs import dc_trainer, replayed_rollouts
+from torch.distributed.tensor import DTensor
+
+from dc_trl import DCGRPOTrainer
+
+GLOBAL_BATCH = 16  # four groups of four: two prompts a rank where there are two
+PROMPTS = Dataset.from_dict({"prompt": [f"{first}+{i}=" for i in range(1, 7) for first in "2431"]})
+EOS = 2
+
+
+def ends_if_even(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Replayed rollouts; those of even prompts, rank 0's where there are two, end. The others are cut off."""
+    output = replayed_rollouts()(prompts, trainer)
+    for prompt, ids, logprobs in zip(prompts, output["completion_ids"], output["logprobs"], strict=True):
+        if prompt[0] in "24":
+            ids.append(EOS)
+            logprobs.append(-1.0)
+    return output
+
+
+def masked_if_odd(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Replayed rollouts whose tokens are all the environment's for odd prompts, rank 1's where there are two."""
+    output = replayed_rollouts()(prompts, trainer)
+    pairs = zip(prompts, output["completion_ids"], strict=True)
+    return output | {"env_mask": [[int(prompt[0] in "24")] * len(ids) for prompt, ids in pairs]}
+
+
+def train(output_dir: Path, world_size: int, resume: str | None = None, **options: Any) -> dict[str, Any]:
+    """Runs a trainer on the same global batch whatever the number of processes, and reports."""
+    defaults = {
+        "train_dataset": PROMPTS,
+        "shuffle_dataset": False,
+        "per_device_train_batch_size": GLOBAL_BATCH // world_size,
+        "tolerance_calibration_batches": 1,
+        "tolerance_slack": 0.9,
+        "dual_lr": 3.0,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+    }
+    trainer = dc_trainer(output_dir, **(defaults | options))
+    assert trainer.accelerator.num_processes == world_size
+    trainer.train(resume_from_checkpoint=resume)
+    return report(trainer)
+
+
+def report(trainer: DCGRPOTrainer) -> dict[str, Any]:
+    """What all ranks must agree on: λ, tolerance, every logged number, and the weights, whole."""
+    clock = ("time", "runtime", "per_second")
+    history = [{k: v for k, v in e.items() if not any(c in k for c in clock)} for e in trainer.state.log_history]
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+    return {
+        "multiplier": trainer.dual.value,
+        "tolerance": trainer.discrepancy_tolerance,
+        "log": history,
+        "weights": torch.cat([p.detach().flatten() for p in whole]),
+        "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "tokens": first_tokens(Path(trainer.args.output_dir)),
+    }
+
+
+def first_tokens(output_dir: Path) -> list[tuple[Any, ...]]:
+    """The rows of the first step's token log, sorted; none where there is no log."""
+    path = output_dir / "tokens/tokens_00001.parquet"
+    columns = ["prompt", "position", "token_id", "sampling_logp", "valid", "completion"]
+    return (
+        sorted(zip(*pq.read_table(path, columns=columns).to_pydict().values(), strict=True)) if path.exists() else []
+    )
+
+
+def flat_for_3(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """A reward that gives one of the groups of rank 1 no variance."""
+    return [0.0 if prompt[0] == "3" else float(len(text)) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def replayed(directory: Path, world_size: int) -> dict[str, Any]:
+    """Ragged rollouts that depend on their prompt alone; both controllers, leave-one-out, dropped groups."""
+    options = {"length_decay": True, "length_decay_period": 2, "reward_funcs": flat_for_3}
+    options |= {"advantage_estimator": "rloo", "zero_variance_groups": "drop", "log_tokens": True}
+    return train(directory, world_size, rollout_func=replayed_rollouts(), **options)
+
+
+def truncated(directory: Path, world_size: int) -> dict[str, Any]:
+    """Every completion of rank 1 is cut off and masked."""
+    return train(directory, world_size, rollout_func=ends_if_even, mask_truncated_completions=True, max_steps=2)
+
+
+def environment(directory: Path, world_size: int) -> dict[str, Any]:
+    """Every token of rank 1 is the environment's."""
+    return train(directory, world_size, rollout_func=masked_if_odd, max_steps=2)
+
+
+def engine(directory: Path, world_size: int) -> dict[str, Any]:
+    """In-process int4 rollouts, each rank its own; leaves a checkpoint after step 2."""
+    return train(directory, world_size, save_strategy="steps", save_steps=2, constraint="lagrangian")
+
+
+def resumed(directory: Path, world_size: int) -> dict[str, Any]:
+    """`engine` again from its checkpoint."""
+    checkpoint = directory.with_name("engine") / "checkpoint-2"
+    return train(directory, world_size, resume=str(checkpoint), constraint="lagrangian")
+
+
+def sharded(directory: Path, world_size: int) -> dict[str, Any]:
+    """In-process int4 rollouts from weights that FSDP2 shards."""
+    shard_with_fsdp2()
+    result = train(directory, world_size, constraint="lagrangian", max_steps=3)
+    assert result["sharded"]
+    return result
+
+
+def shard_with_fsdp2() -> None:
+    """Has Accelerate use FSDP2 for gloo ranks on the CPU, where torch has it but Accelerate 1.15 insists on DDP."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    init = AcceleratorState.__init__
+
+    def with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    run.__name__: run for run in (replayed, truncated, environment, engine, resumed, sharded)
+}
+
+
+def main() -> None:
+    """Runs what the command line names and saves this rank's reports."""
+    # Transformers 5.17 maps the optimizer's state to the device "cpu:0", which torch.load does not know.
+    torch.serialization.register_package(
+        0, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None
+    )
+    world_size, directory, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    reports = {name: RUNS[name](directory / name, world_size) for name in names}
+    rank = torch.distributed.get_rank()
+    torch.save(reports, directory / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

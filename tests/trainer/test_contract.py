@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams of TRL that the trainer hooks: they exist, with these parameters, and behave so."""
+
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from runs import dc_trainer, replayed_rollouts, trl_trainer, weights
+from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import add_fused_lm_head
+
+PARAMETERS = {
+    "_generate": ["prompts"],
+    "_generate_and_score_completions": ["inputs"],
+    "_compute_loss": ["model", "inputs"],
+    "_prepare_inputs": ["generation_batch"],
+    "training_step": ["model", "inputs", "num_items_in_batch"],
+    "save_model": ["output_dir", "_internal_call"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    "create_model_card": ["model_name", "dataset_name", "tags"],
+    "log": ["logs", "start_time"],
+    "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+}
+
+
+@pytest.mark.parametrize(("method", "expected"), PARAMETERS.items())
+def test_hooked_methods_keep_their_parameters(method: str, expected: list[str]) -> None:
+    parameters = list(inspect.signature(inspect.unwrap(getattr(GRPOTrainer, method))).parameters)
+    assert parameters == ["self", *expected]
+
+
+def test_version_range() -> None:
+    assert trl.__version__.startswith("1.16.")
+
+
+def test_the_temperature_of_scoring_is_bound_to_the_head() -> None:
+    # `dc-trl calibrate` binds another one for a while.
+    parameters = list(inspect.signature(add_fused_lm_head).parameters)
+    assert parameters[:2] == ["model", "temperature"]
+
+
+def test_generation_engine_methods() -> None:
+    assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
+    expected = ["self", "prompts", "images", "num_generations", "profiler"]
+    assert list(inspect.signature(VLLMGeneration.generate).parameters) == expected
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_colocated_engine_is_built_by_a_name_that_can_be_replaced() -> None:
+    from trl.generation import vllm_generation
+
+    assert vllm_generation.LLM.__name__ == "LLM"
+    assert "self.llm = LLM(" in inspect.getsource(VLLMGeneration._init_vllm)
+
+
+def test_batch_keys_and_shapes(tmp_path: Path) -> None:
+    trainer = trl_trainer(tmp_path, max_steps=1)
+    batches = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
+    trainer.train()
+    (batch,) = batches
+    rows, tokens = batch["completion_mask"].shape
+    assert batch["advantages"].shape == (rows,)
+    for key in ("sampling_per_token_logps", "old_per_token_logps", "importance_sampling_ratio"):
+        assert batch[key].shape == (rows, tokens)
+    assert batch["num_items_in_batch"].dim() == 0
+
+
+def test_scoring_skips_its_forward_without_the_correction(tmp_path: Path) -> None:
+    trainer = trl_trainer(tmp_path, max_steps=1, vllm_importance_sampling_correction=False)
+    batches = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
+    trainer.train()
+    assert "sampling_per_token_logps" in batches[0] and "old_per_token_logps" not in batches[0]
+
+
+def test_the_loss_reads_token_advantages_after_its_forward(tmp_path: Path) -> None:
+    # The canary for (B, T) advantages: filled in during the forward, they give the same step as (B,) ones.
+    def run(expand: bool) -> torch.Tensor:
+        trainer = trl_trainer(tmp_path, max_steps=1)
+        forward, batches = trainer._get_per_token_logps_and_entropies, []
+        loss = trainer._compute_loss
+
+        def compute_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+            batches.append(dict(inputs))
+            return loss(model, batches[-1])
+
+        def fill(*args: Any, **kwargs: Any) -> Any:
+            outputs = forward(*args, **kwargs)
+            assert len(outputs) == 3
+            if expand and batches:
+                advantages = batches[-1]["advantages"]
+                batches[-1]["advantages"] = advantages.unsqueeze(1).expand_as(outputs[0]).contiguous()
+            return outputs
+
+        trainer._compute_loss, trainer._get_per_token_logps_and_entropies = compute_loss, fill
+        trainer.train()
+        return weights(trainer)
+
+    assert torch.equal(run(expand=True), run(expand=False))
+
+
+def test_trainer_takes_every_argument_of_its_parent(tmp_path: Path) -> None:
+    trainer = dc_trainer(tmp_path, rollout_func=replayed_rollouts(), callbacks=[], max_steps=1)
+    assert trainer.rollout_func is not None
+    parameters = list(inspect.signature(GRPOTrainer.__init__).parameters)
+    assert parameters[:4] == ["self", "model", "reward_funcs", "args"]
+    assert "rollout_func" in parameters
+
+
+def test_a_rollout_func_is_called_with_prompts_and_trainer_and_its_rows_are_padded_with_zeros(tmp_path: Path) -> None:
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "output = self.rollout_func(prompts, self)" in source
+    args = {"rollout_func": replayed_rollouts(edit=lambda rows: rows[0].pop()), "constraint": "none", "max_steps": 1}
+    trainer = dc_trainer(tmp_path, **args)
+    batches = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
+    trainer.train()
+    (batch,) = batches
+    last = int(batch["completion_mask"][0].sum()) - 1
+    assert batch["sampling_per_token_logps"][0, last] == 0.0  # a probability of 1
+    assert batch["measured_logps"][0].isnan().all() and not batch["measured_logps"][1, :1].isnan().any()

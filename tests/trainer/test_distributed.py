@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two gloo ranks on the CPU: they agree with each other to the bit, and with one process up to rounding."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_run import RUNS
+from places import SUPPORT
+
+SCRIPT = SUPPORT / "distributed_run.py"
+REPLAYED = ("replayed", "truncated", "environment")  # rollouts that do not depend on the number of processes
+
+
+def launch(directory: Path, *runs: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The reports of both ranks."""
+    # Not `accelerate launch --cpu --num_processes 2`, which starts one process and says nothing.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    done = subprocess.run(
+        [*command, "2", str(directory), *runs], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    first, second = (torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What both ranks saw of every run that needs no sharding."""
+    return launch(tmp_path_factory.mktemp("ranks"), *REPLAYED, "engine", "resumed")
+
+
+def values(report: dict[str, Any], key: str) -> list[float]:
+    """The values of a key in the order of the log."""
+    return [entry[key] for entry in report["log"] if key in entry]
+
+
+def updates(report: dict[str, Any]) -> list[dict[str, float]]:
+    """The log's entries of the iterations; the metrics of all of them were measured."""
+    return [entry for entry in report["log"] if "dc/discrepancy/mean" in entry]
+
+
+@pytest.mark.parametrize("name", [*REPLAYED, "engine", "resumed"])
+def test_ranks_agree_to_the_bit(ranks: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert first["multiplier"] == second["multiplier"] and first["tolerance"] == second["tolerance"]
+    assert repr(first["log"]) == repr(second["log"])  # every logged number; repr, for a NaN equals itself there
+    assert torch.equal(first["weights"], second["weights"])
+    # What they agree on is not nothing: λ moved in every iteration after the one that calibrated.
+    applied = values(first, "dc/multiplier")
+    assert applied[0] == 0.0 and len({*applied[1:], first["multiplier"]}) == len(applied)
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_two_processes_equal_one(ranks: tuple[dict[str, Any], dict[str, Any]], name: str, tmp_path: Path) -> None:
+    two, one = ranks[0][name], RUNS[name](tmp_path, 1)
+    # Before the first update: the same float32 log-probs, summed in float64.
+    before = [{k: v for k, v in updates(r)[0].items() if k.startswith("dc/d") or k == "reward"} for r in (two, one)]
+    assert len(before[0]) >= 4 and before[0] == pytest.approx(before[1], rel=1e-12)
+    # After it, the weights differ by the rounding of a gradient summed in two parts.
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=5e-6)
+    for key in ("dc/multiplier", "dc/tolerance", "dc/discrepancy/mean", "dc/penalty_share", "learning_rate"):
+        assert values(two, key) == pytest.approx(values(one, key), rel=1e-6)
+    assert two["multiplier"] == pytest.approx(one["multiplier"], rel=1e-6)
+    for ours, theirs in zip(updates(two), updates(one), strict=True):
+        metrics = {
+            key: value for key, value in theirs.items() if key.startswith(("dc/", "sampling/", "length_decay/"))
+        }
+        # Differences of nearly equal numbers, and exponentials of large ones, have more noise than the means.
+        assert {key: ours[key] for key in metrics} == pytest.approx(metrics, rel=2e-5, abs=1e-7, nan_ok=True)
+
+
+def test_the_token_log_holds_the_tokens_of_both_ranks(
+    ranks: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    two, one = ranks[0]["replayed"]["tokens"], RUNS["replayed"](tmp_path, 1)["tokens"]
+    assert len({row[-1] for row in two}) == 16  # a row's last entry is its completion
+    assert sorted(row[:-1] for row in two) == sorted(row[:-1] for row in one)
+
+
+def test_length_decay_halves_the_rate_of_both_ranks(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert values(rank["replayed"], "learning_rate") == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
+
+
+def test_a_rank_without_tokens_takes_part(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    full = ranks[0]["replayed"]
+    for name in ("truncated", "environment"):
+        report = ranks[1][name]
+        assert all(
+            math.isfinite(x) for key in ("loss", "dc/discrepancy/mean", "grad_norm") for x in values(report, key)
+        )
+        assert values(report, "dc/discrepancy/mean")[0] != values(full, "dc/discrepancy/mean")[0]
+        assert values(report, "grad_norm")[0] > 0
+
+
+def test_a_resumed_run_on_two_ranks_equals_the_uninterrupted_one(
+    ranks: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    for rank in ranks:
+        assert torch.equal(rank["resumed"]["weights"], rank["engine"]["weights"])
+        assert rank["resumed"]["multiplier"] == rank["engine"]["multiplier"]
+        for key in ("loss", "grad_norm", "reward", "dc/multiplier", "dc/discrepancy/mean", "dc/grad_norm_smoothed"):
+            assert values(rank["resumed"], key) == values(rank["engine"], key)
+
+
+def test_fsdp2_ranks_agree_and_start_as_unsharded_ones(
+    ranks: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    first, second = (rank["sharded"] for rank in launch(tmp_path, "sharded"))
+    unsharded = ranks[0]["engine"]
+    assert first["sharded"] and not unsharded["sharded"]
+    assert first["multiplier"] == second["multiplier"] != 0.1
+    assert repr(first["log"]) == repr(second["log"])
+    assert torch.equal(first["weights"], second["weights"])
+    # The engine got the gathered weights: the same tokens and, before the first update, the same discrepancy.
+    assert updates(first)[0]["dc/discrepancy/mean"] == pytest.approx(
+        updates(unsharded)[0]["dc/discrepancy/mean"], rel=1e-6
+    )
+    assert updates(first)[0]["reward"] == updates(unsharded)[0]["reward"]
