@@ -118,6 +118,13 @@ class DCGRPOConfig(GRPOConfig):
         "How a vLLM server gets the weights: `nccl` (TRL's), or `disk`, through a checkpoint that it reloads.",
         choices=["nccl", "disk"],
     )
+    sync_rounding: str = _option(
+        "auto",
+        "How weights are rounded for the sampler: `nearest`, which loses updates of less than half a step of its "
+        "format; `dither`, by which they arrive in expectation; `auto`: dithered to bf16, fp16 and fp8 where the "
+        "trainer multiplies with finer weights, to nearest under autocast or FSDP's mixed precision.",
+        choices=["auto", "nearest", "dither"],
+    )
 
     @property
     def extra_sampling_parameters(self) -> dict[str, Any]:

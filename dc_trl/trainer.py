@@ -23,6 +23,7 @@ from dc_trl.estimators.importance import ImportanceSampling
 from dc_trl.records.card import model_card
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.token_log import TokenLog
+from dc_trl.rollouts import deployed
 from dc_trl.rollouts.engines import check_log_prob_source, check_route_source, engine_of
 from dc_trl.rollouts.rollout_func import describe_faults, faulty_rows
 from dc_trl.step import Step, constrain
@@ -193,6 +194,7 @@ class DCGRPOTrainer(RouterReplayTrainer):
         correction = self.vllm_importance_sampling_correction and self.args.constraint == "none"
         with temporary_attributes(self, vllm_importance_sampling_correction=correction):
             batch = super()._generate_and_score_completions(inputs)
+        self._note_sync("train" if self.model.training else "eval")
         if self.args.constraint != "none" and "sampling_per_token_logps" not in batch:
             raise ValueError(
                 f"The rollouts carry no log-probs, which `constraint={self.args.constraint!r}` needs. Return "
@@ -204,6 +206,15 @@ class DCGRPOTrainer(RouterReplayTrainer):
             # Once a generation batch, whatever `logging_steps` is; gathered by TRL, so the same on every rank.
             self._rollout_lengths.append(self._metrics["train"]["completions/mean_length"][-1])
         return batch
+
+    def _note_sync(self, mode: str) -> None:
+        """Puts what the last weight sync brought, once, among the metrics."""
+        engine: Any = getattr(self, "vllm_generation", None)
+        measured = getattr(engine, "sync_metrics", None)
+        if measured:
+            for key, value in measured.items():
+                self._metrics[mode][f"dc/sync/{key}"].append(value)
+            engine.sync_metrics = {}
 
     # Loss
 
@@ -398,11 +409,38 @@ class DCGRPOTrainer(RouterReplayTrainer):
         if _internal_call and output_dir is not None and self.args.should_save:
             state = self._constraint.state_dict() | {"instruments": self._instruments.state_dict()}
             write_state(Path(output_dir), state | {"measured_with": measured_with(self)})
+            deployed.save_sync_state(getattr(self, "vllm_generation", None), Path(output_dir))
             model_card.copy_card(Path(str(self.args.output_dir)), Path(output_dir))
+
+    def save_deployed(self, path: str | Path) -> None:
+        """Saves model and tokenizer with the weights as they sample: in the sampler's precision, rounded as at a sync.
+
+        `save_model` keeps the weights in training, in their own precision. Rounding those to nearest, for deployment
+        in bf16, would put most weights back where they were before the training; this keeps what was learnt. Quantised
+        precisions are saved dequantised, in the dtype in which they are multiplied. A collective: call it on every
+        process.
+
+        Args:
+            path: a directory, made if it is not there.
+
+        Raises:
+            ValueError: no engine with weights of its own samples in this run.
+        """
+        engine = getattr(self, "vllm_generation", None)
+        if not hasattr(engine, "deployed_weights"):
+            raise ValueError(
+                "save_deployed needs a rollout engine with weights of its own, and here `transformers.generate` or a "
+                "`rollout_func` samples. Set `rollout_backend='transformers'` or `use_vllm=True`, or use `save_model`."
+            )
+        deployed.save_deployed(engine, self.model, self.accelerator, Path(path))
+        processing_class: Any = self.processing_class
+        if self.is_world_process_zero():
+            processing_class.save_pretrained(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            deployed.load_sync_state(getattr(self, "vllm_generation", None), Path(checkpoint))
             for notice in restore(self._constraint, self._instruments, Path(checkpoint), measured_with(self)):
                 if self.accelerator.is_main_process:
                     logger.warning("DC-GRPO, resuming: %s", notice)

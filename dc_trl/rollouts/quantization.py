@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from dc_trl.rollouts.precisions import CAST_DTYPES, INTEGER_BITS, PRECISIONS, QUANTIZED_PRECISIONS
 from dc_trl.rollouts.rounding import Dither, round_to_format
+from dc_trl.rollouts.update_seen import UpdateSeen
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,18 @@ def real_weight(weight: torch.Tensor, precision: str) -> nn.Parameter:
     return nn.Parameter(holder.weight, requires_grad=False)
 
 
+def _set_int8_codes(parameter: Any, weight: torch.Tensor) -> None:
+    """Give torchao's int8 weight the codes and scales of a `weight` (output, input) that `fake_quantize` rounded.
+
+    torchao's own scale has 127.5 codes to the peak, not 127, so that it would round those weights once more. For
+    float8 the two agree.
+    """
+    peak = weight.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(peak > 0, peak / _largest_code("int8"), torch.ones_like(peak))
+    parameter.qdata.copy_((weight / scale).round())
+    parameter.scale.copy_(scale)
+
+
 def supports_real_weights(precision: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torchao's weights of this precision multiply correctly on this device; False means fake quantisation.
 
@@ -247,11 +260,12 @@ class PolicyCopy:
         return "real" if self._real == set(self._quantized) else "mixed"
 
     @torch.no_grad()
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], meter: UpdateSeen | None = None) -> None:
         """Copy the live weights in, under the names of the plain model, and quantise them, one at a time.
 
         Args:
             tensors: every parameter, tied ones once, and every persistent buffer; only read.
+            meter: is shown the weights as trained and as the copy has them.
 
         Raises:
             ValueError: a parameter of the copy got no value.
@@ -260,6 +274,8 @@ class PolicyCopy:
         for name, tensor in tensors:
             missing.discard(name)
             self.load_weight(name, tensor)
+            if meter is not None and meter.wants(name):
+                meter.observe(name, tensor, self.deployed(name))
         if missing:
             raise ValueError(
                 f"the live model gave no value for {', '.join(sorted(missing))}. If an adapter sits on one of two "
@@ -276,25 +292,31 @@ class PolicyCopy:
             self._targets[name].copy_(tensor)
 
     def _load_quantized(self, name: str, tensor: torch.Tensor) -> None:
+        precision = str(self.precision)
         if name not in self._real:
-            self._targets[name].copy_(self._fake(name, tensor.to(self.device)))
+            self._targets[name].copy_(self._fake_quantize(name, tensor))
             return
-        prefix, _, leaf = name.rpartition(".")
         if self.dither is None:
             # Cloned, because torchao may keep what it is given, and this may be the live weight itself.
-            weight = tensor.to(self.device, self.dtype, copy=True)
+            parameter = real_weight(tensor.to(self.device, self.dtype, copy=True), precision)
         else:
-            weight = self._fake(name, tensor.to(self.device)).to(self.dtype)
-        setattr(self.model.get_submodule(prefix), leaf, real_weight(weight, str(self.precision)))
+            weight = self._fake_quantize(name, tensor)
+            parameter = real_weight(weight.to(self.dtype, copy=True), precision)
+            if precision == "int8":
+                _set_int8_codes(parameter, weight)
+        prefix, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(prefix), leaf, parameter)
 
-    def _fake(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _fake_quantize(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device)
         noise = None if self.dither is None else self.dither.noise(tensor, name)
         return fake_quantize(tensor, str(self.precision), self._quantized[name], noise)
 
     def deployed(self, name: str) -> torch.Tensor:
-        """A parameter's values as they sample, dequantised where they are quantised; for measurements."""
-        parameter = self.model.get_parameter(name)
-        return parameter.dequantize() if name in self._real else parameter
+        """A tensor as it samples, dequantised where it is quantised; for measurements and for saving."""
+        if name in self._real:
+            return self.model.get_parameter(name).dequantize()
+        return self._targets[name]
 
 
 def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -8,6 +8,7 @@ Shapes: n unfinished sequences, P tokens of the longest prompt, T completion tok
 """
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,11 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from dc_trl.rollouts.quantization import PolicyCopy
+from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.router_replay import RolloutRoutes, RouterRecorder
 from dc_trl.rollouts.sampling_options import IN_PROCESS, check_decoding, objection
-from dc_trl.rollouts.weights import iter_plain_weights, plain_model
+from dc_trl.rollouts.update_seen import UpdateSeen
+from dc_trl.rollouts.weights import iter_plain_weights, parameter_sizes, plain_model
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +55,11 @@ class TransformersGeneration:
         generation_kwargs: sampling options; only those that `dc_trl.rollouts.sampling_options` calls neutral pass.
         seed: seed of a private generator; None draws from torch's global one.
         record_routes: keep which experts a mixture of experts chose, for router replay.
+        dither: rounds the copy's weights with a fixed dither; None rounds to nearest.
 
     Attributes:
-        policy: the engine's own model, in eval mode, with the weights that sample.
-        quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
-            simulated fused experts); for logs.
-        last_routes: with `record_routes`, the experts chosen in the last `generate`, one tensor (prompt and
-            completion, layers, experts a token) a sequence: see `dc_trl.rollouts.router_replay`.
+        update_seen: measures how much of the training the syncs bring.
+        sync_metrics: of the last sync, see `UpdateSeen.finish`.
 
     Raises:
         ValueError: unknown precision, temperature not above 0, unsupported option, nothing to quantise, or routes of
@@ -79,6 +80,7 @@ class TransformersGeneration:
         generation_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
         record_routes: bool = False,
+        dither: Dither | None = None,
     ) -> None:
         check_sampling(temperature, max_completion_length, generation_kwargs or {})
         self.model = model
@@ -89,7 +91,10 @@ class TransformersGeneration:
         self.generation_batch_size = generation_batch_size
         self._device = accelerator.device
         self._live = plain_model(model, accelerator)  # once: unwrapping walks the tree, twice
-        self._copy = PolicyCopy(self._live, precision, self._device)
+        self.dither = dither
+        self._copy = PolicyCopy(self._live, precision, self._device, dither)
+        self.update_seen = UpdateSeen(parameter_sizes(self._copy.model))
+        self.sync_metrics: dict[str, float] = {}
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         eos = _default_eos(self._live, tokenizer) if eos_token_ids is None else eos_token_ids
         self._eos = torch.tensor(eos, dtype=torch.long, device=self._device)
@@ -126,9 +131,21 @@ class TransformersGeneration:
         """
         if not self._copy.fits(self._live):
             del self._copy  # before the next one takes its room
-            self._copy = PolicyCopy(self._live, self.precision, self._device)
-        self._copy.load(iter_plain_weights(self._live, self.accelerator))
+            self._copy = PolicyCopy(self._live, self.precision, self._device, self.dither)
+        self._copy.load(iter_plain_weights(self._live, self.accelerator), self.update_seen)
+        self.sync_metrics = self.update_seen.finish()
         self._synced = True
+
+    @property
+    def deployed_dtype(self) -> torch.dtype:
+        """The dtype in which the copy multiplies."""
+        return self._copy.dtype
+
+    def deployed_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Synchronise, and yield every parameter as it samples, dequantised; collective as `sync_weights` is."""
+        self.sync_weights()
+        for name, _ in self.policy.named_parameters():
+            yield name, self._copy.deployed(name)
 
     def generate(
         self,

@@ -16,7 +16,7 @@ SAMPLE_LIMIT = 1_000_000
 """Most weights that are looked at. Six numbers of 4 bytes are kept for each."""
 
 # Of a small model, a share of the weights that costs little beside the copy of all of them.
-_SMALL_SHARE, _SMALL_LIMIT = 64, 1 << 14
+_SMALL_SHARE, _SMALL_LIMIT = 64, 1 << 16
 # Tensors looked at, spread over the model: what it costs to call operations on each does not grow with the depth.
 _TENSORS = 64
 # Neighbours that are taken together: a cache line of float32.

@@ -14,6 +14,7 @@ from typing import Any
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
+from dc_trl.rollouts.handover import Handover
 from dc_trl.rollouts.vllm_server import check_reloadable
 from dc_trl.rollouts.weights import iter_policy_weights, plain_model
 
@@ -35,7 +36,7 @@ def engine_arguments(arguments: dict[str, Any] | None) -> Iterator[None]:
         vllm_generation.LLM = build  # type: ignore[misc]
 
 
-def prepare_colocated_engine(engine: VLLMGeneration, quantized: bool = False) -> None:
+def prepare_colocated_engine(engine: VLLMGeneration, handover: Handover, quantized: bool = False) -> None:
     """Give a colocated engine on CPUs, or a quantised one, a `sync_weights` that works; leave any other as it is.
 
     The weights pass through no file and no other process: they are read in this one, one module at a time.
@@ -43,6 +44,7 @@ def prepare_colocated_engine(engine: VLLMGeneration, quantized: bool = False) ->
     Args:
         engine: built by TRL with `mode="colocate"`. Seams used: `llm`, `model`, `accelerator`, and the instance
             attribute `sync_weights`, which is set.
+        handover: what rounds and measures the weights on their way.
         quantized: whether vLLM quantises the weights as it loads them, so that they cannot be overwritten in place.
 
     Raises:
@@ -56,12 +58,12 @@ def prepare_colocated_engine(engine: VLLMGeneration, quantized: bool = False) ->
         return
     device = {"device_type": current_platform.device_type}
     check_reloadable({"device_config": device}, plain_model(engine.model, engine.accelerator))
-    engine.sync_weights = partial(_reload, engine)  # type: ignore[method-assign]
+    engine.sync_weights = partial(_reload, engine, handover)  # type: ignore[method-assign]
 
 
-def _reload(engine: VLLMGeneration) -> None:
+def _reload(engine: VLLMGeneration, handover: Handover) -> None:
     """Load the policy's weights into the engine, and empty its prefix cache."""
-    weights = iter_policy_weights(engine.model, engine.accelerator)
+    weights = handover.round(iter_policy_weights(engine.model, engine.accelerator))
     engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if not engine.llm.reset_prefix_cache():
         raise RuntimeError(

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -30,6 +31,9 @@ from dc_trl.rollouts.checkpoint import (
     remove_old_checkpoints,
     write_checkpoint,
 )
+from dc_trl.rollouts.handover import Handover, served_dtype
+from dc_trl.rollouts.rounding import Dither
+from dc_trl.rollouts.update_seen import UpdateSeen
 from dc_trl.rollouts.vllm_server import (
     PatientAdapter,
     check_logprobs_mode,
@@ -61,19 +65,24 @@ class VLLMDiskGeneration(VLLMGeneration):
         *args: as for `VLLMGeneration`.
         sync_dir: directory for the policy's checkpoints, which the server must find under the same absolute path.
             The last two are kept, until the end of `directory_in_use`.
+        dither: rounds the weights to the dtype that the server reports; None has the server round to nearest.
         **kwargs: as for `VLLMGeneration`; `mode` must be `"server"`.
 
     Raises:
         RuntimeError: another trainer uses `sync_dir`.
     """
 
-    def __init__(self, *args: Any, sync_dir: str | os.PathLike[str], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sync_dir: str | os.PathLike[str], dither: Dither | None = None, **kwargs: Any
+    ) -> None:
         self.sync_dir = Path(sync_dir).absolute()
         self._lock = lock_beside(self.sync_dir)
+        self.dither = dither
+        self.sync_metrics: dict[str, float] = {}
         super().__init__(*args, **kwargs)
 
     @classmethod
-    def from_trainer(cls, trainer: Any) -> "VLLMDiskGeneration":
+    def from_trainer(cls, trainer: Any, dither: Dither | None = None) -> "VLLMDiskGeneration":
         """The engine that a GRPO trainer's arguments describe, with checkpoints in `output_dir/_weight_sync`."""
         args = trainer.args
         return cls(
@@ -88,6 +97,7 @@ class VLLMDiskGeneration(VLLMGeneration):
             server_timeout=args.vllm_server_timeout,
             generation_kwargs=args.generation_kwargs,
             sync_dir=Path(args.output_dir) / SYNC_FOLDER,
+            dither=dither,
             **{name: getattr(trainer, name) for name in _SAMPLING},
         )
 
@@ -98,6 +108,8 @@ class VLLMDiskGeneration(VLLMGeneration):
                 "trainer's memory. Set vllm_mode='server', or weight_sync='nccl'."
             )
         self.base_url = (self.server_base_url or f"http://{self.server_host}:{self.server_port}").rstrip("/")
+        policy = plain_model(self.model, self.accelerator)
+        dtype = torch.float32  # of the other processes, which only take part in gathering the weights
         if self.accelerator.is_main_process:
             with holding(self._lock, self.sync_dir):  # is refused now, rather than after the data has loaded
                 pass
@@ -107,7 +119,9 @@ class VLLMDiskGeneration(VLLMGeneration):
             self.vllm_client.session.mount(self.base_url, PatientAdapter(self.server_timeout))
             # Raises where the development endpoints are off.
             server = self.vllm_client.get_server_info()
-            check_reloadable(server, plain_model(self.model, self.accelerator))
+            check_reloadable(server, policy)
+            dtype = served_dtype(server["model_config"])
+        self.handover = Handover(policy, dtype, self.dither)
         self.accelerator.wait_for_everyone()
 
     def sync_weights(self) -> None:
@@ -129,10 +143,12 @@ class VLLMDiskGeneration(VLLMGeneration):
 
     def _send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         directory = next_checkpoint(self.sync_dir)
-        write_checkpoint(directory, plain_model(self.model, self.accelerator), weights)
+        policy = plain_model(self.model, self.accelerator)
+        write_checkpoint(directory, policy, self.handover.round(weights))
         with explain_failure(self.base_url, f"loading the weights in {directory}, which it must be able to read"):
             reload_weights(self.vllm_client.session, self.base_url, directory)
         remove_old_checkpoints(self.sync_dir)
+        self.sync_metrics = self.handover.finish()
 
     @contextmanager
     def directory_in_use(self) -> Iterator[None]:
@@ -151,6 +167,20 @@ class VLLMDiskGeneration(VLLMGeneration):
                 yield
             finally:
                 remove_checkpoints(self.sync_dir)
+
+    @property
+    def update_seen(self) -> UpdateSeen:
+        """What measures how much of the training the syncs bring."""
+        return self.handover.meter
+
+    @property
+    def deployed_dtype(self) -> torch.dtype:
+        """The dtype in which the server serves."""
+        return self.handover.dtype
+
+    def deployed_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor as the server makes it of what it loads; collective as `sync_weights` is."""
+        return self.handover.deployed(iter_policy_weights(self.model, self.accelerator))
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As `VLLMGeneration.generate`; a server that is gone raises `ConnectionError` with the way out."""

@@ -82,6 +82,12 @@ def plain_model(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
     return cast(PreTrainedModel, policy.get_base_model())
 
 
+def parameter_sizes(model: nn.Module) -> dict[str, int]:
+    """Elements of each parameter of a plain model, which may be sharded, by name."""
+    # Under ZeRO-3 a parameter is empty until it is gathered; DeepSpeed keeps its size.
+    return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
+
+
 def _sources(root: nn.Module) -> list[tuple[str, Tensor | nn.Module]]:
     """`(name, tensor)` of each parameter and persistent buffer, and `(dotted prefix, layer)` of each adapted layer.
 

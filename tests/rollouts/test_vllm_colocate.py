@@ -40,6 +40,12 @@ def test_training_moves_the_weights_and_the_engines_stay_together(result: dict[s
     assert all(abs(chi2) < 0.1 for chi2 in result["dc/chi2_token"])
 
 
+def test_the_engine_gets_dithered_weights_in_its_own_dtype(result: dict[str, Any]) -> None:
+    assert result["served"] == "torch.bfloat16" and result["dithered"]
+    assert len(result["dc/sync/update_seen"]) == 4
+    assert all(0.95 < share < 1.05 for share in result["dc/sync/update_seen"])
+
+
 def test_vllm_drives_calibration_and_multiplier(result: dict[str, Any]) -> None:
     floor = sum(result["dc/discrepancy/mean"][:2]) / 2
     assert result["dc/tolerance"] == pytest.approx([1.25 * floor] * 3)

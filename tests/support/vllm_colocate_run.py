@@ -13,6 +13,8 @@ import torch
 from runs import PROMPTS, dc_trainer, logged, weights
 from tiny import OFF_TILE, save_tiny_policy, tiny_model
 
+from dc_trl.rollouts.rounding import Dither
+
 
 def probe(trainer: Any) -> float:
     """Mean |π − μ| of a fresh batch in evaluation, with whatever weights the engine holds now."""
@@ -35,6 +37,13 @@ def main(directory: Path, engine: dict[str, Any]) -> None:
     result["kv_cache"] = trainer.vllm_generation.llm.llm_engine.vllm_config.cache_config.cache_dtype
     for key in ("dc/discrepancy/mean", "dc/multiplier", "dc/tolerance", "dc/nan_fraction", "dc/chi2_token"):
         result[key] = logged(trainer, key)
+    result["dc/sync/update_seen"] = logged(trainer, "dc/sync/update_seen")
+    result["served"] = str(trainer.vllm_generation.deployed_dtype)
+    handed = dict(trainer.vllm_generation.deployed_weights())
+    result["dithered"] = all(
+        torch.equal(handed[name], Dither(trainer.args.seed).cast(parameter.detach(), handed[name].dtype, name))
+        for name, parameter in trainer.model.named_parameters()
+    )
     trainer._last_loaded_step = -1
     result["synchronised"] = probe(trainer)
     with torch.no_grad():

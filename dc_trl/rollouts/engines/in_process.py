@@ -24,16 +24,22 @@ class InProcess(Engine):
         return f"in-process transformers, {settings.get('rollout_precision') or 'as trained'}"
 
     def check_config(self, args: Any) -> None:
-        """Refuses a second engine."""
+        """Refuses a second engine, and a dither of nothing."""
         for name in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(args, name):
                 raise ValueError(
                     f"`rollout_backend` is 'transformers' and `{name}` is True: two engines would sample. Set "
                     f"`{name}=False`, or leave `rollout_backend` unset."
                 )
+        if args.sync_rounding == "dither" and args.rollout_precision is None:
+            raise ValueError(
+                "`sync_rounding` is 'dither' with `rollout_precision=None`, which samples the weights as trained: "
+                "nothing is rounded. Set `rollout_precision`, for example to 'bf16', or leave `sync_rounding` unset."
+            )
 
     def build(self, trainer: Any, args: Any) -> Any:
         """A new copy of the trainer's policy."""
+        from dc_trl.rollouts.sync_rounding import choose_dither
         from dc_trl.rollouts.transformers import TransformersGeneration
 
         options = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
@@ -47,6 +53,7 @@ class InProcess(Engine):
             eos_token_ids=trainer.eos_token_ids,
             generation_kwargs=options | args.extra_sampling_parameters,
             record_routes=args.router_replay,
+            dither=choose_dither(args, trainer.accelerator, trainer.model),
         )
 
 

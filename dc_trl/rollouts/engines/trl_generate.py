@@ -22,6 +22,14 @@ class TRLGenerate(Engine):
         """Both, since a configuration does not say which."""
         return "TRL's generation or a rollout_func"
 
+    def check_config(self, args: Any) -> None:
+        """Refuses a dither: the weights that sample are those in training."""
+        if args.sync_rounding == "dither":
+            raise ValueError(
+                "`sync_rounding` is 'dither', but `transformers.generate` samples from the weights in training: no "
+                "sync rounds them. Set `use_vllm=True` or `rollout_backend='transformers'`, or leave it unset."
+            )
+
     def check_log_probs(self, args: Any, defaulted: bool = False) -> None:
         """There are none."""
         none_gives = (

@@ -52,10 +52,14 @@ class VLLMColocated(Engine):
 
     def build(self, trainer: Any, args: Any) -> Any:
         """TRL's, adapted where it needs to be."""
+        from dc_trl.rollouts.handover import hand_over, handover_for
+        from dc_trl.rollouts.sync_rounding import choose_dither
         from dc_trl.rollouts.vllm_colocate import prepare_colocated_engine
 
         engine = trainer.vllm_generation
-        prepare_colocated_engine(engine, "quantization" in (args.vllm_engine_kwargs or {}))
+        handover = handover_for(engine, choose_dither(args, trainer.accelerator, trainer.model))
+        prepare_colocated_engine(engine, handover, "quantization" in (args.vllm_engine_kwargs or {}))
+        hand_over(engine, handover)
         if args.router_replay:
             from dc_trl.rollouts.vllm_routes import keep_routes
             from dc_trl.rollouts.weights import plain_model

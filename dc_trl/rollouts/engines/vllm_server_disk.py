@@ -15,9 +15,10 @@ class VLLMServerOverDisk(VLLMServer):
 
     def build(self, trainer: Any, args: Any) -> Any:
         """A client of the server, with checkpoints in the output directory."""
+        from dc_trl.rollouts.sync_rounding import choose_dither
         from dc_trl.rollouts.vllm_disk import VLLMDiskGeneration
 
-        return VLLMDiskGeneration.from_trainer(trainer)
+        return VLLMDiskGeneration.from_trainer(trainer, choose_dither(args, trainer.accelerator, trainer.model))
 
     def in_use(self, trainer: Any) -> AbstractContextManager[None]:
         """Holds the folder of the synced weights, and clears it at the end."""

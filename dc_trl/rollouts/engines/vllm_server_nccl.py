@@ -8,7 +8,7 @@ from dc_trl.rollouts.engines.base import Engine
 
 
 class VLLMServer(Engine):
-    """TRL's engine as it is."""
+    """TRL's engine, with weights that are rounded as `sync_rounding` says."""
 
     backend = "vllm"
     weight_sync: str | None = "nccl"
@@ -34,8 +34,13 @@ class VLLMServer(Engine):
         check_logprobs_mode(url, args.vllm_server_timeout)
 
     def build(self, trainer: Any, args: Any) -> Any:
-        """The one that `GRPOTrainer` built."""
-        return trainer.vllm_generation
+        """The one that `GRPOTrainer` built, whose weights are rounded and measured on their way."""
+        from dc_trl.rollouts.handover import hand_over, handover_for
+        from dc_trl.rollouts.sync_rounding import choose_dither
+
+        engine = trainer.vllm_generation
+        hand_over(engine, handover_for(engine, choose_dither(args, trainer.accelerator, trainer.model)))
+        return engine
 
 
 ENGINE = VLLMServer()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the weight sync dithers: what `sync_rounding` means for a trainer and its sampler."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from torch import nn
+
+from dc_trl.rollouts.quantization import INTEGER_BITS
+from dc_trl.rollouts.rounding import Dither
+
+
+def choose_dither(args: Any, accelerator: Accelerator, model: nn.Module) -> Dither | None:
+    """The dither that `args.sync_rounding` asks for, None for rounding to nearest.
+
+    `auto` dithers where the training forward multiplies with finer weights than the sampler's, so that the rounding
+    would lose what it has learnt: float32 and TF32; and adapters, which the sampler gets merged and rounded while the
+    trainer adds their product to that of the base layer. Under autocast, or FSDP2's mixed precision, the forward
+    rounds its weights to nearest as well: the two sides lag alike, and a dithered sampler would move away. `auto` does
+    not dither integers, where the dither takes away the bias but leaves the discrepancy as large or larger.
+
+    Args:
+        args: a `DCGRPOConfig`.
+        accelerator: the trainer's.
+        model: the policy; adapters may be in it.
+    """
+    if args.sync_rounding == "nearest":
+        return None
+    if args.sync_rounding == "auto":
+        rounds_alike = forward_rounds_weights(accelerator) and not is_peft_model(model)
+        if rounds_alike or args.rollout_precision in INTEGER_BITS:
+            return None
+    return Dither(args.seed)
+
+
+def forward_rounds_weights(accelerator: Accelerator) -> bool:
+    """Whether the training forward multiplies with 16-bit roundings of the weights."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    dtype = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
+    return accelerator.mixed_precision != "no" or dtype in (torch.bfloat16, torch.float16)
