@@ -189,6 +189,11 @@ def test_help_loads_nothing_that_it_does_not_need(arguments: list[str]) -> None:
     assert {name for name in others if not name.startswith("dc_trl.rollouts.engines")} <= light
 
 
+@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "report"])
+def test_a_command_is_found_without_what_it_will_need(name: str) -> None:
+    assert not HEAVY & loaded(f"import dc_trl.commands.{name}.command")
+
+
 @pytest.mark.parametrize("name", ["dual", "length_decay"])
 def test_the_maths_on_numbers_loads_the_standard_library_alone(name: str) -> None:
     assert not HEAVY & loaded(f"import dc_trl.{name}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from places import SUPPORT
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 def run(directory: Path, **engine: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vllm_process import VLLMServer
 
 from dc_trl.rollouts.vllm_server import check_logprobs_mode
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dc_trl.commands.train import run
 from dc_trl.commands.train.arguments import CommandLine, TrainArguments, find_accelerate_config, make_parser
-from dc_trl.commands.train.dry_run import describe_run
-from dc_trl.commands.train.plan import BatchPlan, Launch, read_accelerate_config
 from dc_trl.commands.usage import UsageError
-from dc_trl.tasks.rewards import load_rewards
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -20,12 +16,15 @@ def train_command(argv: Sequence[str]) -> int:
     Raises:
         UsageError: for unknown options, and for files that do not exist, before any model or data loads.
     """
-    import torch
-
     line = CommandLine.read(argv, make_parser())
     if line.must_launch and not line.options.dry_run:
         line.launch("train")
         return 0
+    import torch
+
+    from dc_trl.commands.train import run
+    from dc_trl.tasks.rewards import load_rewards
+
     arguments = line.arguments
     if line.options.dry_run and not torch.accelerator.is_available():
         arguments += ["--use_cpu", "true"]  # or transformers refuses bf16, which the plan is to say
@@ -44,6 +43,10 @@ def train_command(argv: Sequence[str]) -> int:
 
 
 def _print_plan(script: TrainArguments, training: Any, model: Any, line: CommandLine) -> None:
+    from dc_trl.commands.train.dry_run import describe_run
+    from dc_trl.commands.train.plan import BatchPlan, Launch, read_accelerate_config
+    from dc_trl.commands.train.run import load_data
+
     if script.accelerate_config:
         asked = argparse.ArgumentParser()
         asked.add_argument("--num_processes", type=int)
@@ -53,6 +56,6 @@ def _print_plan(script: TrainArguments, training: Any, model: Any, line: Command
         launch = Launch.from_environment()
     if int(os.environ.get("RANK", "0")) == 0:
         plan = BatchPlan.from_args(training, launch.processes, line.options.generation_batch_size)
-        dataset, _ = run.load_data(script)
+        dataset, _ = load_data(script)
         gpu_gib = 0.0 if line.options.use_cpu else script.gpu_memory_gib
         print(describe_run(training, model, dataset, plan, launch, gpu_gib))
