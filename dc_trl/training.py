@@ -104,7 +104,8 @@ def train(training: Any, model: Any, rewards: list[Any], data: Any, eval_data: A
     except HfHubHTTPError as error:
         raise UsageError(
             f"the push to the Hub failed: {error}\nThe model is in {training.output_dir}. With a token that may "
-            f"write, send it by: hf upload {trainer.hub_model_id} {training.output_dir} --exclude 'checkpoint-*' --exclude '_*'"
+            f"write, send it by: hf upload {trainer.hub_model_id} {training.output_dir} --exclude 'checkpoint-*' "
+            "--exclude '_*'"
         ) from error
     return trainer
 
