@@ -11,41 +11,82 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from inspect import get_annotations
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from dc_trl.records.json_lines import append_lines, mend_end
+from dc_trl.records.token_log import FOLDER as TOKENS
+from dc_trl.records.whole_files import write_whole
+
+logger = logging.get_logger(__name__)
 
 LOG_FILE = "log.jsonl"
 STATE_FILE = "trainer_state.json"
 
-# What a person needs to tell two runs apart; TRL's and transformers' fields beside those of this package.
-_SETTINGS = (
-    *("constraint", "discrepancy_metric", "discrepancy_level", "discrepancy_average", "discrepancy_tolerance"),
-    *("tolerance_slack", "tolerance_calibration_batches", "multiplier_init", "multiplier_max", "dual_lr"),
-    *("length_decay", "length_decay_period", "length_surge_ratio", "length_decay_factor", "advantage_estimator"),
-    *("zero_variance_groups", "rollout_backend", "rollout_precision", "use_vllm", "vllm_mode", "vllm_engine_kwargs"),
-    *("weight_sync", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "loss_type", "beta"),
-    *("vllm_importance_sampling_clip_max", "learning_rate", "lr_scheduler_type", "max_completion_length"),
-    *("num_generations", "num_iterations", "generation_batch_size", "temperature", "bf16", "fp16", "seed"),
+# What a person needs to tell two runs apart, of TRL's and transformers' fields. This package's own come on top.
+_INHERITED_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "loss_type",
+    "beta",
+    "max_completion_length",
+    "num_generations",
+    "num_iterations",
+    "generation_batch_size",
+    "temperature",
+    "use_vllm",
+    "vllm_mode",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_clip_max",
+    "bf16",
+    "fp16",
+    "seed",
 )
 
 
+def settings_of(args: Any) -> dict[str, Any]:
+    """The settings of a run by name: every field that a configuration of this package adds, and those listed above."""
+    own = [
+        name for kind in type(args).__mro__ if kind.__module__.startswith("dc_trl.") for name in get_annotations(kind)
+    ]
+    names = dict.fromkeys([*own, *_INHERITED_SETTINGS])
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
 class RunLogCallback(TrainerCallback):
-    """Appends every log entry to `output_dir/log.jsonl`, from the main process, with any transformers trainer."""
+    """Appends every log entry to `output_dir/log.jsonl`, from the main process, with any transformers trainer.
+
+    A run that starts from step 0 has the log to itself: what an earlier run left in the directory, `log.jsonl` and the
+    `tokens` beside it, is set aside under the first free names, `log-1.jsonl` and `tokens-1`. A resumed run goes on
+    with them. What this trainer evaluated before it starts to train belongs to its run.
+    """
+
+    def __init__(self) -> None:
+        self._started = False
+        self._own_from: int | None = None  # bytes of the log that were there before this trainer's first line
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes the start: its step (above 0 after a resume), time, model and settings."""
-        settings = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+        settings = settings_of(args)
         model = getattr(getattr(kwargs.get("model"), "config", None), "_name_or_path", "")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"step": state.global_step, "time": now, "max_steps": state.max_steps, "model": model}
         if state.is_world_process_zero:
-            mend_end(Path(str(args.output_dir), LOG_FILE))
+            folder = Path(str(args.output_dir))
+            if state.global_step == 0:
+                _set_aside(folder, self._own_from)
+            mend_end(folder / LOG_FILE)
+        # From now on all that is logged is of this run; a second run of this trainer sets it aside like any other.
+        self._started, self._own_from = True, None
         self._append(args, state, {"start": start | {"settings": settings}})
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -53,8 +94,43 @@ class RunLogCallback(TrainerCallback):
         self._append(args, state, state.log_history[-1])
 
     def _append(self, args: TrainingArguments, state: TrainerState, line: dict[str, Any]) -> None:
-        if state.is_world_process_zero:
-            append_lines(Path(str(args.output_dir), LOG_FILE), [line])
+        if not state.is_world_process_zero:
+            return
+        path = Path(str(args.output_dir), LOG_FILE)
+        if not self._started and self._own_from is None:
+            mend_end(path)
+            self._own_from = path.stat().st_size if path.is_file() else 0
+        append_lines(path, [line])
+
+
+def _set_aside(folder: Path, own_from: int | None) -> None:
+    """Gives what an earlier run left in the folder names of its own.
+
+    Args:
+        folder: the output directory.
+        own_from: bytes of the log that are the earlier run's; None: all of them.
+    """
+    log, tokens = folder / LOG_FILE, folder / TOKENS
+    content = log.read_bytes() if log.is_file() else b""
+    earlier, own = (content, b"") if own_from is None else (content[:own_from], content[own_from:])
+    moved = []
+    number = next(n for n in count(1) if not any(path.exists() for path in _numbered(folder, n)))
+    log_aside, tokens_aside = _numbered(folder, number)
+    if earlier:
+        write_whole(log_aside, earlier)
+        write_whole(log, own)
+        moved.append(log_aside.name)
+    if any(tokens.glob("*.parquet")):
+        tokens.rename(tokens_aside)
+        moved.append(tokens_aside.name)
+    if moved:
+        logger.warning("%s holds the log of an earlier run, which is now %s.", folder, " and ".join(moved))
+
+
+def _numbered(folder: Path, number: int) -> tuple[Path, Path]:
+    """The names of a log and of token logs that were set aside."""
+    log = Path(LOG_FILE)
+    return folder / f"{log.stem}-{number}{log.suffix}", folder / f"{TOKENS}-{number}"
 
 
 @dataclass

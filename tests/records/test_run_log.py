@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import dc_trainer, trl_trainer
+import transformers
+from runs import PROMPTS, dc_trainer, trl_trainer
 from transformers import TrainerCallback
 
+from dc_trl.commands.report.tokens import token_logs
 from dc_trl.records.run_log import LOG_FILE, RunLogCallback, read_run
 
 
@@ -53,6 +55,61 @@ def test_a_new_run_in_the_same_directory_starts_anew(tmp_path: Path) -> None:
     second = dc_trainer(tmp_path, max_steps=1)
     second.train()
     assert read_run(tmp_path).entries == second.state.log_history
+
+
+def evaluating(folder: Path, **options: Any) -> Any:
+    """A trainer that evaluates at step 0 too."""
+    return dc_trainer(
+        folder,
+        max_steps=1,
+        eval_dataset=PROMPTS.select(range(4)),
+        eval_strategy="steps",
+        eval_on_start=True,
+        **options,
+    )
+
+
+def test_a_new_run_keeps_no_entry_of_step_0_of_the_old_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = evaluating(tmp_path, log_tokens=True)
+    first.train()
+    old = (tmp_path / LOG_FILE).read_bytes()
+    transformers.utils.logging.enable_propagation()
+    second = evaluating(tmp_path)
+    second.train()
+    transformers.utils.logging.disable_propagation()
+    assert [entry["step"] for entry in second.state.log_history] == [0, 1, 1, 1]
+    assert read_run(tmp_path).entries == second.state.log_history
+    assert (tmp_path / "log-1.jsonl").read_bytes() == old  # nothing is lost
+    assert not token_logs(tmp_path) and list((tmp_path / "tokens-1").iterdir())
+    said = [record.getMessage() for record in caplog.records if "earlier run" in record.getMessage()]
+    assert said == [f"{tmp_path} holds the log of an earlier run, which is now log-1.jsonl and tokens-1."]
+    third = evaluating(tmp_path)
+    third.train()
+    assert (tmp_path / "log-2.jsonl").is_file() and read_run(tmp_path).entries == third.state.log_history
+
+
+def test_what_was_evaluated_before_training_is_of_the_run(tmp_path: Path) -> None:
+    evaluating(tmp_path).train()
+    old = (tmp_path / LOG_FILE).read_text()
+    (tmp_path / LOG_FILE).write_text(old + '{"step": 2, "rew')  # killed in the middle of a line
+    trainer = evaluating(tmp_path)
+    first = trainer.evaluate()
+    trainer.train()
+    run = read_run(tmp_path)
+    assert [entry["step"] for entry in run.entries] == [0, 0, 1, 1, 1]
+    assert run.entries[0]["eval_reward"] == first["eval_reward"]
+    assert run.entries[1:] == trainer.state.log_history
+    assert (tmp_path / "log-1.jsonl").read_text() == old
+
+
+def test_a_second_run_of_a_trainer_has_the_log_to_itself(tmp_path: Path) -> None:
+    trainer = evaluating(tmp_path)
+    trainer.train()
+    trainer.evaluate()
+    old = (tmp_path / LOG_FILE).read_bytes()
+    trainer.train()
+    assert read_run(tmp_path).entries == trainer.state.log_history
+    assert (tmp_path / "log-1.jsonl").read_bytes() == old
 
 
 def test_any_trainer_can_keep_the_log(tmp_path: Path) -> None:

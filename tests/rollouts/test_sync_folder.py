@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 from hub_stand_in import HubStandIn
+from places import ROOT, SUPPORT
 from runs import PROMPTS, dc_trainer, replayed_rollouts
 from test_weight_sync import Stub, stub  # noqa: F401
 from transformers import TrainerCallback
 
 from dc_trl.records.run_log import read_run
 
-HUB_RUN = Path(__file__).with_name("hub_run.py")
-ROOT = HUB_RUN.parents[1]
+HUB_RUN = SUPPORT / "hub_run.py"
 
 ANSWERS: dict[str, Any] = {
     "/health": {},
