@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dc_trl.rollouts.decoding import share_keys_within_groups
+
 logger = logging.getLogger(__name__)
 
 CAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -284,6 +286,7 @@ def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     finally:
         torch.set_default_dtype(default)
     model.tie_weights()
+    share_keys_within_groups(model)
     return model.to(device).eval().requires_grad_(False)
 
 
