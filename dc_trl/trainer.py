@@ -30,6 +30,7 @@ from dc_trl.dual import DualVariable
 from dc_trl.estimators import GroupEstimatorsTrainer
 from dc_trl.importance import importance_sampling_ratio
 from dc_trl.instruments import Instruments
+from dc_trl.ragged import score_in_parts
 from dc_trl.rollouts import factory
 from dc_trl.run_log import RunLogCallback
 from dc_trl.token_log import TokenLog
@@ -164,10 +165,22 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
             return super()._compute_loss(model, self._loss_inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._loss_inputs is not None:
-            self._constrain(self._loss_inputs, outputs[0].detach())
+        score: Any = super()._get_per_token_logps_and_entropies
+        if self._loss_inputs is None:
+            return score(*args, **kwargs)
+        outputs = score_in_parts(score, *args, **kwargs) if self._may_split(kwargs) else score(*args, **kwargs)
+        self._constrain(self._loss_inputs, outputs[0].detach())
         return outputs
+
+    def _may_split(self, options: dict[str, Any]) -> bool:
+        """Whether the loss forward may be one of several parts.
+
+        Not where it is to equal TRL's to the bit; not with images or a router's loss, which belong to a whole batch;
+        and not with several processes, whose forwards communicate, so that their number must be the same.
+        """
+        whole = any(value is not None for name, value in options.items() if not name.startswith("compute_"))
+        alone = self.accelerator.num_processes == 1
+        return bool(self.args.constraint != "none" and alone and not whole and not options["compute_aux_loss"])
 
     @torch.no_grad()
     def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
