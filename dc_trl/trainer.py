@@ -31,6 +31,7 @@ from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
+from dc_trl.training.ragged import score_in_parts
 from dc_trl.training.replay_trainer import RouterReplayTrainer
 from dc_trl.training.state import measured_with, restore, write_state
 
@@ -228,10 +229,23 @@ class DCGRPOTrainer(RouterReplayTrainer):
             return super()._compute_loss(model, own)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._loss_inputs is not None:
-            self._constrain(self._loss_inputs, outputs[0].detach())
+        score: Any = super()._get_per_token_logps_and_entropies
+        if self._loss_inputs is None:
+            return score(*args, **kwargs)
+        outputs = score_in_parts(score, *args, **kwargs) if self._may_split(kwargs) else score(*args, **kwargs)
+        self._constrain(self._loss_inputs, outputs[0].detach())
         return outputs
+
+    def _may_split(self, options: dict[str, Any]) -> bool:
+        """Whether the loss forward may be one of several parts.
+
+        Not where it is to equal TRL's to the bit; not with images, a router's loss or its replay, which belong to a
+        whole batch; and not with several processes, whose forwards communicate, so that their number must be the same.
+        """
+        whole = any(value is not None for name, value in options.items() if not name.startswith("compute_"))
+        alone = self.accelerator.num_processes == 1
+        whole |= bool(options["compute_aux_loss"]) or self.args.router_replay
+        return self.args.constraint != "none" and alone and not whole
 
     @torch.no_grad()
     def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:

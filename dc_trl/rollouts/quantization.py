@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dc_trl.rollouts.decoding import share_keys_within_groups
 from dc_trl.rollouts.precisions import CAST_DTYPES, INTEGER_BITS, PRECISIONS, QUANTIZED_PRECISIONS
 from dc_trl.rollouts.rounding import Dither, round_to_format
 from dc_trl.rollouts.update_seen import UpdateSeen
@@ -338,6 +339,7 @@ def _build_like(live: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     finally:
         torch.set_default_dtype(default)
     model.tie_weights()
+    share_keys_within_groups(model)
     return model.to(device).eval().requires_grad_(False)
 
 

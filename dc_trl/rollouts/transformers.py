@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from dc_trl.rollouts.decoding import give_room, keep_rows
 from dc_trl.rollouts.quantization import PolicyCopy
 from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.router_replay import RolloutRoutes, RouterRecorder
@@ -26,6 +27,10 @@ from dc_trl.rollouts.update_seen import UpdateSeen
 from dc_trl.rollouts.weights import iter_plain_weights, parameter_sizes, plain_model
 
 logger = logging.getLogger(__name__)
+
+# Sequences that have ended are dropped once they are this share of those decoded: a drop costs about as much as one
+# row for a few steps.
+DROP_AT = 1 / 16
 
 
 class TransformersGeneration:
@@ -204,7 +209,7 @@ class TransformersGeneration:
         batch = self._prefill(prompts)
         routes = RolloutRoutes(self._recorder, prompts, horizon) if self._recorder else None
         for step in range(horizon):
-            drawn, drawn_logprobs = self._draw(batch.logits, greedy)
+            drawn, drawn_logprobs = self._draw(batch, count, greedy)
             tokens[batch.rows, step] = drawn
             logprobs[batch.rows, step] = drawn_logprobs
             ended = batch.alive & torch.isin(drawn, self._eos)
@@ -213,9 +218,8 @@ class TransformersGeneration:
             running = int(batch.alive.sum())
             if running == 0 or step + 1 == horizon:
                 break
-            if 2 * running <= len(drawn):
-                drawn = drawn[batch.alive]
-                batch.select(batch.alive.nonzero().squeeze(1))
+            if DROP_AT * len(drawn) <= len(drawn) - running:
+                drawn = drawn[batch.keep_alive(running)]
             self._advance(batch, drawn)
             if routes is not None:
                 routes.add(batch.rows, step)
@@ -225,10 +229,17 @@ class TransformersGeneration:
         completions = [row[:length] for row, length in zip(tokens.tolist(), cut, strict=True)]
         return completions, [row[:length] for row, length in zip(logprobs.tolist(), cut, strict=True)]
 
-    def _draw(self, logits: torch.Tensor, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (n,) and their log-probabilities (n,) from logits (n, V)."""
-        logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
-        tokens = logprobs.argmax(dim=-1, keepdim=True) if greedy else _sample(logprobs.exp(), self._generator)
+    def _draw(self, batch: "_Batch", count: int, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (n,) and their log-probabilities (n,), of sequences that were `count` at the start."""
+        logprobs = torch.log_softmax(batch.logits.float() / self.temperature, dim=-1)
+        if greedy:
+            tokens = logprobs.argmax(dim=-1, keepdim=True)
+        elif logprobs.device.type == "cpu":
+            # For all that began, so that what a sequence draws does not hang on when others end or are dropped.
+            uniform = torch.rand((count, 1), dtype=torch.float64, generator=self._generator)[batch.rows]
+            tokens = _invert(logprobs.exp(), uniform)
+        else:
+            tokens = torch.multinomial(logprobs.exp(), 1, generator=self._generator)
         return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
     def _prefill(self, prompts: list[list[int]]) -> "_Batch":
@@ -261,6 +272,7 @@ class TransformersGeneration:
             place = {prompt: index for index, prompt in enumerate(distinct)}
             batch.select(torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self._device))
             batch.rows = torch.arange(len(prompts), device=self._device)
+        give_room(batch.cache, width + self.max_completion_length)
         return batch
 
     def _advance(self, batch: "_Batch", tokens: torch.Tensor) -> None:
@@ -286,27 +298,39 @@ class _Batch:
     lengths: torch.Tensor  # (n,) tokens seen, which is also the position of the next one
     mask: torch.Tensor  # (n, P + T) 0 on the padding at the left of a short prompt, 1 elsewhere
     width: int  # columns of the mask that are filled
-    cache: Cache
+    cache: Any  # transformers' Cache, of the model's own kinds of layers
     logits: torch.Tensor  # (n, V) of the next token
 
-    def select(self, indices: Any) -> None:
+    def select(self, indices: torch.Tensor) -> None:
         """Keep the sequences at `indices`, in that order, repeats included."""
-        for name in ("rows", "alive", "lengths", "mask", "logits"):
-            setattr(self, name, getattr(self, name)[indices])
+        self._pick(indices)
         self.cache.reorder_cache(indices)  # an index_select of every layer's state
 
+    def keep_alive(self, running: int) -> torch.Tensor:
+        """Drop all but the `running` sequences that still run, and return where these were. The last fill the gaps."""
+        gaps = (~self.alive[:running]).nonzero().squeeze(1)
+        movers = self.alive[running:].nonzero().squeeze(1) + running
+        kept = torch.arange(running, device=self.alive.device)
+        kept[gaps] = movers
+        self._pick(kept)
+        keep_rows(self.cache, kept, gaps, movers)
+        return kept
 
-def _sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One token (n, 1) from each distribution (n, V)."""
-    if probabilities.device.type != "cpu":
-        return torch.multinomial(probabilities, 1, generator=generator)
-    # multinomial draws V exponentials a row, a quarter of the whole time on a CPU; inverting the cumulative
-    # distribution takes one uniform. In float64, so that rounding over a large vocabulary does not move its tail.
+    def _pick(self, indices: torch.Tensor) -> None:
+        for name in ("rows", "alive", "lengths", "mask", "logits"):
+            setattr(self, name, getattr(self, name)[indices])
+
+
+def _invert(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """One token (n, 1) from each distribution (n, V), by inverting it at `uniform` (n, 1), float64 in [0, 1).
+
+    multinomial draws V exponentials a row, a quarter of the whole time on a CPU; this takes one uniform. In float64,
+    so that rounding over a large vocabulary does not move its tail.
+    """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     if not bool(total.isfinite().all()):
         raise RuntimeError("the policy's logits are not finite, so no token can be drawn; lower the learning rate.")
-    uniform = torch.rand(total.shape, dtype=torch.float64, generator=generator)
     return torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=probabilities.shape[-1] - 1)
 
 
