@@ -52,7 +52,7 @@ class InProcess(Engine):
             max_completion_length=args.completion_limit,
             eos_token_ids=trainer.eos_token_ids,
             generation_kwargs=options | args.extra_sampling_parameters,
-            dither=choose_dither(args, trainer.accelerator, trainer.model),
+            dither=choose_dither(args, trainer.accelerator),
         )
 
 
