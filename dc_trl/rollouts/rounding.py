@@ -103,20 +103,22 @@ class Dither:
         if isinstance(start, Tensor):
             yield from _steps_at(start.reshape(-1), key, table, size)
             return
+        end = start + flat.numel()
+        first = start // BLOCK
+        keys, numbers = _block_keys(key, first, -(-end // BLOCK), flat.device)
         buffer = torch.empty(min(size, flat.numel()), dtype=torch.int32, device=flat.device)
-        keys = _block_keys(key, start // BLOCK, -(-(start + flat.numel()) // BLOCK), flat.device)
-        first = start // BLOCK * BLOCK  # index of the element that the first key begins with
-        for low, high in _pieces(start, start + flat.numel(), size):
+        for low, high in _pieces(start, end, size):
             steps = buffer[: high - low]
-            begin, offset = divmod(low - first, BLOCK)
+            block, offset = divmod(low, BLOCK)
             if (high - low) % BLOCK == 0:
                 rows = (high - low) // BLOCK
-                torch.mul(table, keys[begin : begin + rows, None], out=steps.view(rows, BLOCK))
+                torch.mul(table, keys[block - first : block - first + rows, None], out=steps.view(rows, BLOCK))
             else:
-                torch.mul(table[offset : offset + high - low], keys[begin], out=steps)
+                torch.mul(table[offset : offset + high - low], numbers[block - first], out=steps)
             yield low - start, high - start, steps.bitwise_and_(NOISE_STEPS - 1)
 
 
+@lru_cache(maxsize=64)
 def is_coarser(dtype: torch.dtype, than: torch.dtype) -> bool:
     """Whether a cast of `than` to `dtype` rounds: both are floating, and some number of `than` is none of `dtype`."""
     if not (dtype.is_floating_point and than.is_floating_point) or dtype == than:
@@ -195,9 +197,10 @@ def _table(device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _block_keys(key: int, first: int, end: int, device: torch.device) -> Tensor:
-    """Odd numbers for the blocks [first, end) of a tensor, int32."""
-    return _odd_16_bits(_mix(torch.arange(first, end, dtype=torch.int64) + key)).to(device)
+def _block_keys(key: int, first: int, end: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Odd numbers for the blocks [first, end) of a tensor: int32 on `device`, and the same for Python."""
+    keys = _odd_16_bits(_mix(torch.arange(first, end, dtype=torch.int64) + key))
+    return keys.to(device), keys.tolist()
 
 
 @lru_cache(maxsize=4096)

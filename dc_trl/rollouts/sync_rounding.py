@@ -5,33 +5,30 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
-from torch import nn
 
 from dc_trl.rollouts.quantization import INTEGER_BITS
 from dc_trl.rollouts.rounding import Dither
 
 
-def choose_dither(args: Any, accelerator: Accelerator, model: nn.Module) -> Dither | None:
+def choose_dither(args: Any, accelerator: Accelerator) -> Dither | None:
     """The dither that `args.sync_rounding` asks for, None for rounding to nearest.
 
     `auto` dithers where the training forward multiplies with finer weights than the sampler's, so that the rounding
-    would lose what it has learnt: float32 and TF32; and adapters, which the sampler gets merged and rounded while the
-    trainer adds their product to that of the base layer. Under autocast, or FSDP2's mixed precision, the forward
-    rounds its weights to nearest as well: the two sides lag alike, and a dithered sampler would move away. `auto` does
-    not dither integers, where the dither takes away the bias but leaves the discrepancy as large or larger.
+    would lose what it has learnt: float32 and TF32. Under autocast, or FSDP2's mixed precision, the forward rounds to
+    nearest as well, its weights or, with adapters, the sum of their output and the base layer's: the two sides lag
+    alike, and a dithered sampler would move away. `auto` does not dither integers, where the dither takes away the
+    bias but leaves the discrepancy as large or larger.
 
     Args:
         args: a `DCGRPOConfig`.
         accelerator: the trainer's.
-        model: the policy; adapters may be in it.
     """
     if args.sync_rounding == "nearest":
         return None
-    if args.sync_rounding == "auto":
-        rounds_alike = forward_rounds_weights(accelerator) and not is_peft_model(model)
-        if rounds_alike or args.rollout_precision in INTEGER_BITS:
-            return None
+    if args.sync_rounding == "auto" and (
+        forward_rounds_weights(accelerator) or args.rollout_precision in INTEGER_BITS
+    ):
+        return None
     return Dither(args.seed)
 
 

@@ -18,7 +18,7 @@ SAMPLE_LIMIT = 1_000_000
 # Of a small model, a share of the weights that costs little beside the copy of all of them.
 _SMALL_SHARE, _SMALL_LIMIT = 64, 1 << 16
 # Tensors looked at, spread over the model: what it costs to call operations on each does not grow with the depth.
-_TENSORS = 64
+_TENSORS = 32
 # Neighbours that are taken together: a cache line of float32.
 _RUN = 16
 
@@ -49,7 +49,6 @@ class UpdateSeen:
         """Whether weights of this tensor are in the sample: `observe` ignores all others."""
         return name in self._runs
 
-    @torch.no_grad()
     def observe(self, name: str, trained: Tensor, deployed: Tensor) -> None:
         """Note the sampled weights of a tensor; both whole and of the same shape, on any device and of any dtype."""
         if name in self._runs:
@@ -103,7 +102,7 @@ class _Runs:
         self.count = rows * run
 
     def read(self, tensor: Tensor, sample: Tensor) -> None:
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.detach().reshape(-1)  # detached, so that no graph grows behind the sample
         view = flat.as_strided((self.rows, self.run), (self.distance, 1), flat.storage_offset())
         sample[self.place : self.place + self.count].view(self.rows, self.run).copy_(view)
 

@@ -53,7 +53,7 @@ class InProcess(Engine):
             eos_token_ids=trainer.eos_token_ids,
             generation_kwargs=options | args.extra_sampling_parameters,
             record_routes=args.router_replay,
-            dither=choose_dither(args, trainer.accelerator, trainer.model),
+            dither=choose_dither(args, trainer.accelerator),
         )
 
 

@@ -57,7 +57,7 @@ class VLLMColocated(Engine):
         from dc_trl.rollouts.vllm_colocate import prepare_colocated_engine
 
         engine = trainer.vllm_generation
-        handover = handover_for(engine, choose_dither(args, trainer.accelerator, trainer.model))
+        handover = handover_for(engine, choose_dither(args, trainer.accelerator))
         prepare_colocated_engine(engine, handover, "quantization" in (args.vllm_engine_kwargs or {}))
         hand_over(engine, handover)
         if args.router_replay:

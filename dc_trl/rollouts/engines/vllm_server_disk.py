@@ -18,7 +18,7 @@ class VLLMServerOverDisk(VLLMServer):
         from dc_trl.rollouts.sync_rounding import choose_dither
         from dc_trl.rollouts.vllm_disk import VLLMDiskGeneration
 
-        return VLLMDiskGeneration.from_trainer(trainer, choose_dither(args, trainer.accelerator, trainer.model))
+        return VLLMDiskGeneration.from_trainer(trainer, choose_dither(args, trainer.accelerator))
 
     def in_use(self, trainer: Any) -> AbstractContextManager[None]:
         """Holds the folder of the synced weights, and clears it at the end."""

@@ -39,7 +39,7 @@ class VLLMServer(Engine):
         from dc_trl.rollouts.sync_rounding import choose_dither
 
         engine = trainer.vllm_generation
-        hand_over(engine, handover_for(engine, choose_dither(args, trainer.accelerator, trainer.model)))
+        hand_over(engine, handover_for(engine, choose_dither(args, trainer.accelerator)))
         return engine
 
 
