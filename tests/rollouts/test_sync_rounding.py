@@ -12,6 +12,7 @@ from runs import dc_trainer, logged, settings
 from tiny import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
 from dc_trl import DCGRPOConfig
@@ -63,7 +64,7 @@ def test_updates_below_half_a_step_reach_the_sampler_dithered_and_not_to_nearest
     assert seen["auto"] == seen["dither"]  # a float32 trainer
 
 
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_copy_holds_the_dithered_weights(precision: str) -> None:
     model, dither = published(), Dither(5)
     small_move(model)
@@ -150,7 +151,7 @@ def trl_engine(model: Any, mode: str, receiver: Any) -> Any:
     engine: Any = VLLMGeneration.__new__(VLLMGeneration)
     engine.model, engine.mode, engine.accelerator = model, mode, Accelerator(cpu=True)
     engine.enable_sleep_mode, engine._weight_metadata = False, None
-    engine._dist = __import__("trl.distributed", fromlist=["x"]).DistributedBackend(engine.accelerator)
+    engine._dist = DistributedBackend(engine.accelerator)
     if mode == "server":
         engine.vllm_client = receiver
     else:
