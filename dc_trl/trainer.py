@@ -53,7 +53,7 @@ class DCGRPOTrainer(RouterReplayTrainer):
 
     Seams of TRL 1.16 that this class and its helpers use, each held by a contract test:
 
-    - `_generate`, `rollout_func`: what a `rollout_func` returns is checked row by row
+    - `_generate`: what a `rollout_func` returns is checked row by row
     - `_generate_and_score_completions`, `vllm_importance_sampling_correction`: scored without the second forward;
       advantages of other estimators
     - `_calculate_rewards`, `_prepare_inputs`, `_buffered_inputs`, `_logs`: rewards and micro-batches, for these (in
@@ -70,7 +70,7 @@ class DCGRPOTrainer(RouterReplayTrainer):
     - `vllm_generation`, `use_vllm`, `vllm_mode`, `_last_loaded_step`, `temperature`: the slot of the rollout engine,
       `sync_weights()` and `generate()`
     - `accelerator`, `eos_token_ids`, `hub_model_id`, `loss_type`, `num_generations`, `num_generations_eval`: read
-    - `num_iterations`, `reward_weights`, `state`: read
+    - `num_iterations`, `multi_objective_aggregation`, `ref_model`, `reward_weights`, `state`: read
 
     An iteration of the dual is one generation batch, or one optimizer step where a step spans several; λ is constant
     within it. The metrics of an iteration are logged at its end.

@@ -17,7 +17,7 @@ from places import ROOT
 from runs import dc_trainer
 from seams import ELSEWHERE, OWNERS, seams
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl import TrlParser
 
 from dc_trl import DCGRPOTrainer
@@ -27,8 +27,10 @@ SEAMS = {
         # Overridden.
         "_calculate_rewards",
         "_compute_loss",
+        "_generate",
         "_generate_and_score_completions",
         "_get_per_token_logps_and_entropies",
+        "_load_best_model",
         "_load_optimizer_and_scheduler",
         "_name",
         "_paper",
@@ -38,6 +40,7 @@ SEAMS = {
         "evaluation_loop",
         "log",
         "save_model",
+        "train",
         "training_step",
         # Set, or swapped for a while.
         "_last_loaded_step",
@@ -57,14 +60,17 @@ SEAMS = {
         "eos_token_ids",
         "hub_model_id",
         "loss_type",
+        "multi_objective_aggregation",
         "num_generations",
         "num_generations_eval",
         "num_iterations",
+        "ref_model",
         "reward_weights",
         "state",
     },
     "VLLMGeneration": {
         "_init_vllm",
+        "_iter_named_params",
         "accelerator",
         "generate",
         "generation_kwargs",
@@ -81,11 +87,13 @@ SEAMS = {
         "vllm_client",
     },
     "VLLMClient": {"get_server_info", "session"},
-    "DistributedBackend": {"fsdp_version", "gather_params"},
+    "DistributedBackend": {"fsdp_version", "gather_params", "is_zero3"},
     "TrlParser": {"_actions"},
     ELSEWHERE: {
-        "_ConvNd",
+        "_buffers",
+        "_can_set_attn_implementation",
         "_commit_hash",
+        "_modules",
         "_name_or_path",
         "_non_persistent_buffers_set",
         "_schedulers",
@@ -94,8 +102,11 @@ SEAMS = {
         "accelerate.utils.gather_object",
         "accelerate.utils.is_peft_available",
         "accelerate.utils.is_peft_model",
+        "transformers.cache_utils.DynamicLayer",
         "transformers.core_model_loading.revert_weight_conversion",
         "transformers.initialization.no_init_weights",
+        "transformers.integrations.sdpa_attention.sdpa_attention_forward",
+        "transformers.masking_utils.sdpa_mask",
         "transformers.trainer_callback.ExportableState",
         "transformers.trainer_callback.ProgressCallback",
         "transformers.utils.logging",
@@ -131,7 +142,8 @@ def test_what_lies_elsewhere_is_there() -> None:
     chained = torch.optim.lr_scheduler.ChainedScheduler([constant])
     assert config._name_or_path == "" and config._commit_hash is None
     assert module._non_persistent_buffers_set == set()
-    assert issubclass(nn.Conv1d, nn.modules.conv._ConvNd)
+    assert module._buffers == {} and nn.Sequential(module)._modules == {"0": module}
+    assert callable(PreTrainedModel._can_set_attn_implementation)
     assert chained._schedulers == [constant]
     assert all(hasattr(action, "dest") for action in TrlParser([])._actions)
 
