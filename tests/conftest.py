@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the marks of the tests mean."""
+"""What the marks of the tests mean, and which tests share a process where several run side by side."""
 
 import importlib.util
 
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked `vllm` where vLLM is not installed, before a fixture of theirs starts anything."""
-    if importlib.util.find_spec("vllm") is not None:
-        return
+    """Skips the tests marked `vllm` where vLLM is not installed, before a fixture of theirs starts anything.
+
+    Side by side (`pytest -n 2 --dist loadgroup`), the tests of a file stay together, for their fixtures; and those of
+    vLLM do, since each of its engines takes every core.
+    """
+    is_installed = importlib.util.find_spec("vllm") is not None
     for item in items:
-        if item.get_closest_marker("vllm") is not None:
+        needs_vllm = item.get_closest_marker("vllm") is not None
+        item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm else str(item.path)))
+        if needs_vllm and not is_installed:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
