@@ -18,7 +18,7 @@ from dc_trl import DCGRPOConfig
 from dc_trl.rollouts.handover import Handover, hand_over, kept_in_float32, served_dtype
 from dc_trl.rollouts.quantization import PRECISIONS, PolicyCopy, fake_quantize
 from dc_trl.rollouts.rounding import Dither
-from dc_trl.rollouts.sync_rounding import choose_dither
+from dc_trl.rollouts.sync_rounding import choose_dither, rounding_in_force
 from dc_trl.rollouts.weights import iter_policy_weights
 
 CPU = torch.device("cpu")
@@ -113,6 +113,27 @@ def test_auto_dithers_where_the_forward_is_finer_than_the_sampler(tmp_path: Path
         assert chosen(tmp_path, "dither", accelerator(), precision=precision) == Dither(7)
     assert chosen(tmp_path, "dither", accelerator("bf16")) == Dither(7)
     assert chosen(tmp_path, "nearest", accelerator()) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rollout_precision": "bf16"}, "dither"),
+        ({"rollout_precision": "bf16", "sync_rounding": "nearest"}, "nearest"),
+        ({"rollout_precision": "bf16", "bf16": True}, "nearest"),
+        ({"rollout_precision": None}, None),  # as trained
+        ({"rollout_func": lambda prompts, trainer: {}, "constraint": "none"}, None),
+    ],
+)
+def test_the_rounding_in_force_is_what_auto_came_to(
+    tmp_path: Path, options: dict[str, Any], expected: str | None
+) -> None:
+    trainer = dc_trainer(tmp_path, **options)
+    engine = getattr(trainer, "vllm_generation", None)
+    assert rounding_in_force(engine, trainer.args, trainer.accelerator) == expected
+    trainer.create_model_card()
+    row = {"dither": "dithered, with seed 42 (auto)", "nearest": "to nearest (", None: "none: no engine"}[expected]
+    assert f"| rounding at the weight sync | {row}" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
