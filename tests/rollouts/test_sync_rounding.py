@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from runs import dc_trainer, logged, settings
-from tiny import tiny_model
+from tiny import published_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.generation.vllm_generation import VLLMGeneration
@@ -24,15 +24,6 @@ from dc_trl.rollouts.weights import iter_policy_weights
 CPU = torch.device("cpu")
 
 
-def published(**options: Any) -> PreTrainedModel:
-    """A tiny model in float32 whose weights lie on the bf16 grid, as a checkpoint's do."""
-    model = tiny_model(**options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    return model
-
-
 def small_move(model: PreTrainedModel, steps: float = 0.3) -> None:
     """Moves every weight by this many of its bf16 steps, up or down."""
     generator = torch.Generator().manual_seed(1)
@@ -45,7 +36,7 @@ def small_move(model: PreTrainedModel, steps: float = 0.3) -> None:
 
 def train(directory: Path, rounding: str, **options: Any) -> Any:
     defaults = {"rollout_precision": "bf16", "learning_rate": 3e-5, "max_steps": 4, "sync_rounding": rounding}
-    trainer = dc_trainer(directory, model=published(), **(defaults | options))
+    trainer = dc_trainer(directory, model=published_model(), **(defaults | options))
     trainer.train()
     return trainer
 
@@ -65,7 +56,7 @@ def test_updates_below_half_a_step_reach_the_sampler_dithered_and_not_to_nearest
 
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS])
 def test_the_copy_holds_the_dithered_weights(precision: str) -> None:
-    model, dither = published(), Dither(5)
+    model, dither = published_model(), Dither(5)
     small_move(model)
     copy = PolicyCopy(model, precision, CPU, dither)
     copy.load(iter_policy_weights(model, Accelerator(cpu=True)))
@@ -81,7 +72,7 @@ def test_the_copy_holds_the_dithered_weights(precision: str) -> None:
 
 
 def test_at_the_start_the_sampler_has_the_checkpoint_exactly() -> None:
-    model = published()
+    model = published_model()
     copy = PolicyCopy(model, "bf16", CPU, Dither(0))
     copy.load(iter_policy_weights(model, Accelerator(cpu=True)))
     assert all(torch.equal(copy.deployed(name).float(), p) for name, p in model.named_parameters())
@@ -183,7 +174,7 @@ def trl_engine(model: Any, mode: str, receiver: Any) -> Any:
 
 
 def test_trls_own_sync_sends_dithered_weights_to_a_server() -> None:
-    model, server, dither = published(), Server(), Dither(3)
+    model, server, dither = published_model(), Server(), Dither(3)
     engine = trl_engine(model, "server", server)
     hand_over(engine, Handover(model, torch.bfloat16, dither))
     engine.sync_weights()
@@ -199,7 +190,7 @@ def test_trls_own_sync_sends_dithered_weights_to_a_server() -> None:
 
 
 def test_trls_own_sync_loads_dithered_weights_in_place() -> None:
-    model, received, dither = published(), {}, Dither(3)
+    model, received, dither = published_model(), {}, Dither(3)
     engine = trl_engine(model, "colocate", lambda pairs: received.update(pairs))
     hand_over(engine, Handover(model, torch.bfloat16, dither))
     small_move(model)
@@ -211,7 +202,7 @@ def test_trls_own_sync_loads_dithered_weights_in_place() -> None:
 
 
 def test_to_nearest_the_live_tensors_are_handed_over_as_they_are() -> None:
-    model, server = published(), Server()
+    model, server = published_model(), Server()
     engine = trl_engine(model, "server", server)
     hand_over(engine, Handover(model, torch.bfloat16, None))
     engine.sync_weights()
@@ -224,7 +215,7 @@ def test_to_nearest_the_live_tensors_are_handed_over_as_they_are() -> None:
 
 
 def test_what_engines_keep_in_float32_is_not_rounded() -> None:
-    model = published()
+    model = published_model()
     model._keep_in_fp32_modules_strict = {"q_norm"}
     small_move(model)
     kept = kept_in_float32(model)
@@ -262,7 +253,7 @@ def test_a_resumed_run_counts_from_the_start_of_the_first_and_keeps_its_noise(tm
     whole = train(tmp_path / "whole", "dither", **options)
     resumed = dc_trainer(
         tmp_path / "resumed",
-        model=published(),
+        model=published_model(),
         **({"rollout_precision": "bf16", "learning_rate": 3e-5, "max_steps": 4, "sync_rounding": "dither"} | options),
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
