@@ -26,6 +26,7 @@ from dc_trl.records.token_log import TokenLog
 from dc_trl.rollouts import deployed
 from dc_trl.rollouts.engines import check_log_prob_source, check_route_source, engine_of
 from dc_trl.rollouts.rollout_func import describe_faults, faulty_rows
+from dc_trl.rollouts.sync_rounding import rounding_in_force
 from dc_trl.step import Step, constrain
 from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
@@ -160,6 +161,10 @@ class DCGRPOTrainer(RouterReplayTrainer):
         # Looked up each time: transformers may replace callbacks when it restores a checkpoint.
         found = (c for c in self.callback_handler.callbacks if isinstance(c, LengthDecayCallback))
         return next(found, None)
+
+    @property
+    def _sync_rounding(self) -> str | None:
+        return rounding_in_force(getattr(self, "vllm_generation", None), self.args, self.accelerator)
 
     @property
     def discrepancy_tolerance(self) -> float | None:
@@ -413,7 +418,7 @@ class DCGRPOTrainer(RouterReplayTrainer):
         """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            state = (self.discrepancy_tolerance, self.dual.value, self.state.log_history)
+            state = (self.discrepancy_tolerance, self.dual.value, self._sync_rounding, self.state.log_history)
             model_card.complete(Path(str(self.args.output_dir)), self.args, *state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

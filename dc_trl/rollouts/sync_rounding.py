@@ -32,6 +32,22 @@ def choose_dither(args: Any, accelerator: Accelerator) -> Dither | None:
     return Dither(args.seed)
 
 
+def rounding_in_force(engine: Any, args: Any, accelerator: Accelerator) -> str | None:
+    """How the weights are rounded for the sampler of a trainer: `"dither"` or `"nearest"`, whatever `auto` comes to.
+
+    Args:
+        engine: the trainer's `vllm_generation`.
+        args: a `DCGRPOConfig`.
+        accelerator: the trainer's.
+
+    Returns:
+        None where no weight is rounded: no engine has weights of its own, or it has them as trained.
+    """
+    if not hasattr(engine, "deployed_weights") or getattr(engine, "quantization", None) == "none":
+        return None
+    return "nearest" if choose_dither(args, accelerator) is None else "dither"
+
+
 def forward_rounds_weights(accelerator: Accelerator) -> bool:
     """Whether the training forward multiplies with 16-bit roundings of the weights."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)

@@ -36,6 +36,7 @@ from dc_trl.rollouts.quantization import PolicyCopy
 from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.transformers import TransformersGeneration
 from dc_trl.rollouts.update_seen import SAMPLE_LIMIT, UpdateSeen
+from dc_trl.rollouts.weights import iter_policy_weights
 
 PROMPTS = ("The sum of 17 and 25 is", "Three animals that live in the sea:", "The sky is blue because", "In winter,")
 PRECISIONS = ("bf16", "fp8", "int8", "int4")
@@ -157,7 +158,7 @@ class Sampler:
 
     @torch.no_grad()
     def sync(self) -> dict[str, float]:
-        self.copy.load([*self.live.named_parameters(), *self.live.named_buffers()])
+        self.copy.load(iter_policy_weights(self.live, Accelerator(cpu=True)))
         for name, parameter in self.live.named_parameters():
             if self.meter.wants(name):
                 self.meter.observe(name, parameter, self.copy.deployed(name))

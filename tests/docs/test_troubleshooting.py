@@ -26,13 +26,16 @@ from faults import (
 )
 from places import ROOT
 from runs import dc_trainer, logged, replayed_rollouts
-from tiny import tiny_model
+from tiny import published_model, tiny_model
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
 
 PAGE = ROOT / "docs/troubleshooting.md"
 BATCH = {"per_device_train_batch_size": 32, "num_generations": 8, "max_completion_length": 16, "max_steps": 5}
 MEAN, CHI2, KL = "dc/discrepancy/mean", "dc/chi2_token", "dc/kl"
+SEEN = "dc/sync/update_seen_since_start"
+# Updates far below half a step of the bf16 grid, on which a published checkpoint lies.
+SMALL_UPDATES = {"learning_rate": 3e-5, "max_steps": 12}
 
 
 def snippet(name: str) -> Any:
@@ -74,6 +77,19 @@ def test_a_stale_sync_grows_with_the_updates(tmp_path: Path) -> None:
     assert logged(stale, CHI2)[-1] > 0.05 > max(map(abs, logged(synced, CHI2)))
     assert logged(stale, "dc/ppl_ratio")[-1] > 1.05
     assert logged(stale, "dc/pearson")[-1] < 0.97 < min(logged(synced, "dc/pearson"))
+
+
+def test_rounding_at_the_sync_looks_like_a_stale_sync_and_the_dither_cures_it(tmp_path: Path) -> None:
+    def small_updates(**options: Any) -> DCGRPOTrainer:
+        return run(tmp_path, model=published_model(), **(SMALL_UPDATES | options))
+
+    nearest, dithered = small_updates(sync_rounding="nearest"), small_updates(sync_rounding="dither")
+    assert logged(nearest, MEAN)[0] == logged(dithered, MEAN)[0]  # step 0 is the checkpoint, either way
+    assert sum(logged(nearest, MEAN)[-6:]) > 1.2 * sum(logged(dithered, MEAN)[-6:])
+    assert logged(nearest, "dc/pearson")[-1] < logged(nearest, "dc/pearson")[0]
+    assert max(logged(nearest, SEEN)[:4]) < 0.2
+    assert all(0.95 < share < 1.05 for share in logged(dithered, SEEN))
+    assert max(logged(small_updates(rollout_precision=None), MEAN)) < 1e-6  # float32 rollouts are clean
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +193,14 @@ def cases() -> dict[str, tuple[Fault | None, dict[str, Any]]]:
         "synced, lr 1e-3": (None, learning),
         "stale sync, lr 1e-3": (stale_sync, learning),
         "stale prefix cache, lr 1e-3": (stale_prefix_cache, learning),
+        **{
+            f"published, lr 3e-5, {name}": (None, SMALL_UPDATES | {"model": published_model()} | options)
+            for name, options in (
+                ("nearest", {"sync_rounding": "nearest"}),
+                ("dithered", {"sync_rounding": "dither"}),
+                ("as trained", as_trained),
+            )
+        },
         "synced, lr 0": (None, {}),
         "stale sync, lr 0": (stale_sync, {}),
         "synced, lr 0, nudge": (None, nudged),
@@ -220,6 +244,8 @@ def main() -> None:
                 values = logged(trainer, f"dc/{key}")
                 first, last = torch.tensor(values[:2]).mean(), torch.tensor(values[-3:]).mean()
                 print(f"    {label:12} {first:10.3g} -> {last:10.3g}")
+            if "published" in name:
+                print("    seen        ", *(f"{share:.3g}" for share in logged(trainer, SEEN)))
         for fault in (None, merge_in_place):
             watch = snippet("FrozenWeights")()
             options = {"model": tiny_model().to(torch.bfloat16), "peft_config": adapters(), "max_steps": 40}

@@ -41,10 +41,16 @@ def entry(step: int, **values: float) -> dict[str, Any]:
     return {"step": step, "reward": float(step), "dc/discrepancy/mean": 0.001 * step, **values}
 
 
-def card_of(folder: Path, log: list[dict[str, Any]], tolerance: float | None = None, **settings: Any) -> ModelCard:
+def card_of(
+    folder: Path,
+    log: list[dict[str, Any]],
+    tolerance: float | None = None,
+    rounding: str | None = None,
+    **settings: Any,
+) -> ModelCard:
     (folder / "README.md").write_text(TRL_CARD)
     args = DCGRPOConfig(output_dir=str(folder), report_to="none", bf16=False, **settings)
-    complete(folder, args, tolerance, 0.1, log)
+    complete(folder, args, tolerance, 0.1, rounding, log)
     return ModelCard.load(folder / "README.md")
 
 
@@ -106,6 +112,25 @@ def test_nothing_measured(tmp_path: Path) -> None:
     assert "| tolerance | still being calibrated |" in text
 
 
+@pytest.mark.parametrize(
+    ("rounding", "asked", "words"),
+    [
+        ("dither", "auto", "dithered, with seed 7 (auto)"),
+        ("nearest", "nearest", "to nearest (nearest)"),
+        (None, "auto", "none: no engine of dc-trl rounds them"),
+    ],
+)
+def test_the_rounding_in_force_and_what_the_sampler_saw(
+    tmp_path: Path, rounding: str | None, asked: str, words: str
+) -> None:
+    seen = {"dc/sync/update_seen": 0.5, "dc/sync/update_seen_since_start": 0.75}
+    settings = {"rollout_backend": "transformers", "rollout_precision": "bf16", "seed": 7, "sync_rounding": asked}
+    text = card_of(tmp_path, [entry(1), entry(2, **seen)], rounding=rounding, **settings).text
+    assert f"| rounding at the weight sync | {words} |" in text
+    assert "| `dc/sync/update_seen` | 0.5 | 0.5 |" in text
+    assert "| `dc/sync/update_seen_since_start` | 0.75 | 0.75 |" in text
+
+
 def test_the_section_stands_before_the_citations_of_both_papers(tmp_path: Path) -> None:
     text = card_of(tmp_path, [entry(1)], 0.0123, discrepancy_tolerance=0.0123).text
     places = [text.index(part) for part in ("# Model Card for tiny", "## Discrepancy", "![Curves]", "## Citations")]
@@ -153,7 +178,7 @@ def test_a_card_without_a_model_name_gets_the_folders(tmp_path: Path) -> None:
     write_result(tmp_path, "sums", 0.5, 0.02)
     (tmp_path / "README.md").write_text("# A card without a header\n")
     args = DCGRPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False)
-    complete(tmp_path, args, None, 0.1, [])
+    complete(tmp_path, args, None, 0.1, None, [])
     assert ModelCard.load(tmp_path / "README.md").data.model_name == tmp_path.name
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from runs import dc_trainer, logged, settings
-from tiny import tiny_model
+from tiny import published_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.distributed import DistributedBackend
@@ -19,19 +19,10 @@ from dc_trl import DCGRPOConfig
 from dc_trl.rollouts.handover import Handover, hand_over, kept_in_float32, served_dtype
 from dc_trl.rollouts.quantization import PRECISIONS, PolicyCopy, fake_quantize
 from dc_trl.rollouts.rounding import Dither
-from dc_trl.rollouts.sync_rounding import choose_dither
+from dc_trl.rollouts.sync_rounding import choose_dither, rounding_in_force
 from dc_trl.rollouts.weights import iter_policy_weights
 
 CPU = torch.device("cpu")
-
-
-def published(**options: Any) -> PreTrainedModel:
-    """A tiny model in float32 whose weights lie on the bf16 grid, as a checkpoint's do."""
-    model = tiny_model(**options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    return model
 
 
 def small_move(model: PreTrainedModel, steps: float = 0.3) -> None:
@@ -46,7 +37,7 @@ def small_move(model: PreTrainedModel, steps: float = 0.3) -> None:
 
 def train(directory: Path, rounding: str, **options: Any) -> Any:
     defaults = {"rollout_precision": "bf16", "learning_rate": 3e-5, "max_steps": 4, "sync_rounding": rounding}
-    trainer = dc_trainer(directory, model=published(), **(defaults | options))
+    trainer = dc_trainer(directory, model=published_model(), **(defaults | options))
     trainer.train()
     return trainer
 
@@ -66,7 +57,7 @@ def test_updates_below_half_a_step_reach_the_sampler_dithered_and_not_to_nearest
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_copy_holds_the_dithered_weights(precision: str) -> None:
-    model, dither = published(), Dither(5)
+    model, dither = published_model(), Dither(5)
     small_move(model)
     copy = PolicyCopy(model, precision, CPU, dither)
     copy.load(iter_policy_weights(model, Accelerator(cpu=True)))
@@ -82,7 +73,7 @@ def test_the_copy_holds_the_dithered_weights(precision: str) -> None:
 
 
 def test_at_the_start_the_sampler_has_the_checkpoint_exactly() -> None:
-    model = published()
+    model = published_model()
     copy = PolicyCopy(model, "bf16", CPU, Dither(0))
     copy.load(iter_policy_weights(model, Accelerator(cpu=True)))
     assert all(torch.equal(copy.deployed(name).float(), p) for name, p in model.named_parameters())
@@ -114,6 +105,27 @@ def test_auto_dithers_where_the_forward_is_finer_than_the_sampler(tmp_path: Path
         assert chosen(tmp_path, "dither", accelerator(), precision=precision) == Dither(7)
     assert chosen(tmp_path, "dither", accelerator("bf16")) == Dither(7)
     assert chosen(tmp_path, "nearest", accelerator()) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rollout_precision": "bf16"}, "dither"),
+        ({"rollout_precision": "bf16", "sync_rounding": "nearest"}, "nearest"),
+        ({"rollout_precision": "bf16", "bf16": True}, "nearest"),
+        ({"rollout_precision": None}, None),  # as trained
+        ({"rollout_func": lambda prompts, trainer: {}, "constraint": "none"}, None),
+    ],
+)
+def test_the_rounding_in_force_is_what_auto_came_to(
+    tmp_path: Path, options: dict[str, Any], expected: str | None
+) -> None:
+    trainer = dc_trainer(tmp_path, **options)
+    engine = getattr(trainer, "vllm_generation", None)
+    assert rounding_in_force(engine, trainer.args, trainer.accelerator) == expected
+    trainer.create_model_card()
+    row = {"dither": "dithered, with seed 42 (auto)", "nearest": "to nearest (", None: "none: no engine"}[expected]
+    assert f"| rounding at the weight sync | {row}" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +175,7 @@ def trl_engine(model: Any, mode: str, receiver: Any) -> Any:
 
 
 def test_trls_own_sync_sends_dithered_weights_to_a_server() -> None:
-    model, server, dither = published(), Server(), Dither(3)
+    model, server, dither = published_model(), Server(), Dither(3)
     engine = trl_engine(model, "server", server)
     hand_over(engine, Handover(model, torch.bfloat16, dither))
     engine.sync_weights()
@@ -179,7 +191,7 @@ def test_trls_own_sync_sends_dithered_weights_to_a_server() -> None:
 
 
 def test_trls_own_sync_loads_dithered_weights_in_place() -> None:
-    model, received, dither = published(), {}, Dither(3)
+    model, received, dither = published_model(), {}, Dither(3)
     engine = trl_engine(model, "colocate", lambda pairs: received.update(pairs))
     hand_over(engine, Handover(model, torch.bfloat16, dither))
     small_move(model)
@@ -191,7 +203,7 @@ def test_trls_own_sync_loads_dithered_weights_in_place() -> None:
 
 
 def test_to_nearest_the_live_tensors_are_handed_over_as_they_are() -> None:
-    model, server = published(), Server()
+    model, server = published_model(), Server()
     engine = trl_engine(model, "server", server)
     hand_over(engine, Handover(model, torch.bfloat16, None))
     engine.sync_weights()
@@ -204,7 +216,7 @@ def test_to_nearest_the_live_tensors_are_handed_over_as_they_are() -> None:
 
 
 def test_what_engines_keep_in_float32_is_not_rounded() -> None:
-    model = published()
+    model = published_model()
     model._keep_in_fp32_modules_strict = {"q_norm"}
     small_move(model)
     kept = kept_in_float32(model)
@@ -242,7 +254,7 @@ def test_a_resumed_run_counts_from_the_start_of_the_first_and_keeps_its_noise(tm
     whole = train(tmp_path / "whole", "dither", **options)
     resumed = dc_trainer(
         tmp_path / "resumed",
-        model=published(),
+        model=published_model(),
         **({"rollout_precision": "bf16", "learning_rate": 3e-5, "max_steps": 4, "sync_rounding": "dither"} | options),
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))

@@ -65,6 +65,15 @@ def tiny_model(arch: str = "qwen3", seed: int = 0, **overrides: Any) -> PreTrain
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def published_model(arch: str = "qwen3", **options: Any) -> PreTrainedModel:
+    """A tiny model in float32 whose weights lie on the bf16 grid, as a published checkpoint's do."""
+    model = tiny_model(arch, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
 def save_tiny_policy(directory: Path | str, model: PreTrainedModel | None = None, dtype: str = "bfloat16") -> Path:
     """Save a model (by default `tiny_model()`) and the tokenizer where vLLM can load them; returns the directory.
 

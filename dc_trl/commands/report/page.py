@@ -177,8 +177,14 @@ def _missing(panel: Panel, runs: list[Run]) -> str:
     if not keys:
         return ""
     names = ", ".join(f"<code>{escaped(key)}</code>" for key in keys)
-    reason = " It needs DCGRPOTrainer and an engine that gives log-probs." if keys[0].startswith("dc/") else ""
-    return f"Never logged: {names}.{reason}"
+    return f"Never logged: {names}.{_needed(keys[0])}"
+
+
+def _needed(key: str) -> str:
+    """What a run needs to log a key."""
+    if key.startswith("dc/sync/"):
+        return " It needs DCGRPOTrainer, an engine with weights of its own, and two weight syncs."
+    return " It needs DCGRPOTrainer and an engine that gives log-probs." if key.startswith("dc/") else ""
 
 
 # Tokens and settings

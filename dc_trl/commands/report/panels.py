@@ -126,6 +126,24 @@ MAIN_PANELS = (
             ),
         ),
     ),
+    Panel(
+        "sync",
+        "Share of the update that the sampler sees",
+        "Healthy: around 1. Near 0: rounding at the weight sync puts the weights back, and what is deployed does not "
+        "learn; far above 1: weights on a tie flip together. Then set sync_rounding='dither'. The fraction of the "
+        "weights that change is small either way.",
+        (
+            Row(
+                "deployed move / trained move",
+                (
+                    Series("dc/sync/update_seen_since_start", "since the start"),
+                    Series("dc/sync/update_seen", "since the last sync", SECOND),
+                ),
+                2.0,
+            ),
+            Row("fraction of the weights", (Series("dc/sync/changed", "changed since the last sync"),)),
+        ),
+    ),
 )
 
 TAIL_PANELS = (

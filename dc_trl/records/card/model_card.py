@@ -43,6 +43,8 @@ MEASURED = (
     "dc/log_ppl_abs_diff",
     "dc/penalty_share",
     "dc/multiplier",
+    "dc/sync/update_seen",
+    "dc/sync/update_seen_since_start",
     "entropy",
     "completions/mean_length",
     "reward",
@@ -56,7 +58,12 @@ _UNKNOWN = {
 
 
 def complete(
-    folder: Path, args: DCGRPOConfig, tolerance: float | None, multiplier: float, log_history: Sequence[dict[str, Any]]
+    folder: Path,
+    args: DCGRPOConfig,
+    tolerance: float | None,
+    multiplier: float,
+    rounding: str | None,
+    log_history: Sequence[dict[str, Any]],
 ) -> None:
     """Completes the card that TRL has just written to `folder`, and draws `curves.png` beside it.
 
@@ -68,6 +75,7 @@ def complete(
         args: the run's configuration.
         tolerance: in units of the discrepancy metric; None while calibrating.
         multiplier: λ now.
+        rounding: of the weight syncs, see `dc_trl.rollouts.sync_rounding.rounding_in_force`.
         log_history: the Trainer's.
     """
     # Loads matplotlib, which a trainer that never writes a card does not need.
@@ -75,7 +83,7 @@ def complete(
 
     card = ModelCard.load(folder / CARD)
     results = newest_results(read_results(folder))
-    parts = [_settings(args, tolerance, multiplier), _measurements(log_history)]
+    parts = [_settings(args, tolerance, multiplier, rounding), _measurements(log_history)]
     if save_curves(log_history, tolerance, folder / CURVES):
         parts.append(f"![Curves]({CURVES})\n")
     parts += [_evaluation(log_history), _benchmarks(results)]
@@ -104,7 +112,7 @@ def with_section(card: str, section: str) -> str:
     return f"{head.rstrip()}\n\n{section}{citations}"
 
 
-def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float) -> str:
+def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float, rounding: str | None) -> str:
     corrected = args.vllm_importance_sampling_correction
     rows = {
         "constraint": args.constraint,
@@ -114,6 +122,7 @@ def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float) ->
         "multiplier: initial, now, maximum": f"{args.multiplier_init}, {_number(multiplier)}, {args.multiplier_max}",
         "dual learning rate": args.dual_lr,
         "rollout engine": engine_name(vars(args)),
+        "rounding at the weight sync": _rounding(args, rounding),
         "importance sampling": args.vllm_importance_sampling_mode if corrected else "none",
         "length-decay": args.length_decay,
         "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
@@ -172,6 +181,13 @@ def _tolerance(args: DCGRPOConfig, tolerance: float | None) -> str:
     batches = args.tolerance_calibration_batches
     floor = f"the mean of the first {batches} generation batches"
     return f"{_number(tolerance)} (calibrated: {args.tolerance_slack} × {floor})"
+
+
+def _rounding(args: DCGRPOConfig, rounding: str | None) -> str:
+    if rounding is None:
+        return "none: no engine of dc-trl rounds them"
+    words = {"dither": f"dithered, with seed {args.seed}", "nearest": "to nearest"}[rounding]
+    return f"{words} ({args.sync_rounding})"
 
 
 def _number(value: float) -> str:

@@ -104,6 +104,19 @@ def test_a_panel_without_values_says_so_and_draws_nothing(tmp_path: Path) -> Non
     for key in ("entropy", "dc/discrepancy/mean", "dc/tolerance", "dc/ess"):
         assert key in page.text
     assert "an engine that gives log-probs" in page.text
+    assert "an engine with weights of its own, and two weight syncs" in page.text
+
+
+def test_what_the_sampler_sees_is_drawn_with_its_healthy_range(tmp_path: Path) -> None:
+    run = dc_trainer(tmp_path, rollout_precision="bf16", learning_rate=1e-4)
+    run.train()
+    page = report(tmp_path)
+    shares, last, changed = traces(page, "sync").values()
+    for trace, key in ((shares, "update_seen_since_start"), (last, "update_seen"), (changed, "changed")):
+        values = [entry[f"dc/sync/{key}"] for entry in run.state.log_history if f"dc/sync/{key}" in entry]
+        assert trace["x"] == [2, 3] and trace["y"] == pytest.approx(values, rel=1e-5)
+    assert shares["yaxis"] == last["yaxis"] != changed["yaxis"]
+    assert "Share of the update that the sampler sees" in page.text and "Healthy: around 1." in page.text
 
 
 # Runs
