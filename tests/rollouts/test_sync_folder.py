@@ -26,7 +26,9 @@ HUB_RUN = SUPPORT / "hub_run.py"
 ANSWERS: dict[str, Any] = {
     "/health": {},
     "/v1/models": {"data": [{"id": "tiny"}]},
-    "/server_info": {"vllm_config": {"device_config": {"device_type": "cpu"}}},
+    "/server_info": {
+        "vllm_config": {"device_config": {"device_type": "cpu"}, "model_config": {"dtype": "torch.bfloat16"}}
+    },
     "/collective_rpc": {"results": [None]},
     "/reset_prefix_cache": {"success": True},
 }

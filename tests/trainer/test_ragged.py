@@ -9,7 +9,7 @@ import torch
 from runs import dc_trainer, logged, replayed_rollouts, weights
 from tiny import tiny_model
 
-from dc_trl import ragged
+from dc_trl.training import ragged
 from dc_trl.training.ragged import partition, score_in_parts
 
 LENGTHS = [40, 1, 39, 2, 0, 10, 11, 9]

@@ -26,6 +26,7 @@ from tiny import save_tiny_policy
 from dc_trl import DCGRPOTrainer
 from dc_trl.commands.calibrate import run as calibrate_run
 from dc_trl.commands.cli import main
+from dc_trl.rollouts.rounding import Dither
 
 PAGE = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
 
@@ -140,7 +141,9 @@ def test_the_weights_are_put_back_to_the_bit(calibrate: Any) -> None:
     trainer = kept["trainer"]
     assert all(torch.equal(old, now) for old, now in zip(kept["before"], trainer.model.parameters(), strict=True))
     served = trainer.vllm_generation.policy.state_dict()  # and the engine has them again
-    assert all(torch.equal(served[n], p.to(torch.bfloat16)) for n, p in trainer.model.named_parameters())
+    dither = Dither(trainer.args.seed)
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(served[name], dither.cast(parameter.detach(), torch.bfloat16, name))
     assert trainer.state.global_step == 0 and trainer.temperature == 1.0 == trainer.vllm_generation.temperature
 
 
