@@ -141,7 +141,7 @@ class DCGRPOTrainer(RouterReplayTrainer):
         if args.length_decay:
             names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
             self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))
-        self.add_callback(RunLogCallback())
+        self.add_callback(RunLogCallback({"rounding_in_force": self._sync_rounding}))
 
     def _handle_dropout(self) -> None:
         """Switches dropout off under a constraint. Without one, TRL's training stands, and only `dc/*` suffers."""

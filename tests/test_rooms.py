@@ -173,7 +173,9 @@ def test_the_trainer_loads_no_command_and_no_plotting() -> None:
     assert not {name for name in modules if name.startswith("dc_trl.tasks")}
 
 
-@pytest.mark.parametrize("arguments", [[], ["report"], ["calibrate"], ["evaluate"]], ids=lambda words: " ".join(words))
+@pytest.mark.parametrize(
+    "arguments", [[], ["report"], ["calibrate"], ["evaluate"], ["export"]], ids=lambda words: " ".join(words)
+)
 def test_help_loads_nothing_that_it_does_not_need(arguments: list[str]) -> None:
     code = (
         "from dc_trl.commands.cli import main\n"
@@ -184,12 +186,13 @@ def test_help_loads_nothing_that_it_does_not_need(arguments: list[str]) -> None:
     assert "dc_trl.commands.cli" in modules
     assert not HEAVY & modules
     others = {name for name in modules if name.startswith("dc_trl.") and not name.startswith("dc_trl.commands")}
-    # The names of engines, and of what an evaluation wrote: standard library only.
+    # The names of engines and precisions, and of what an evaluation wrote: standard library only.
     light = {"dc_trl.records", "dc_trl.records.results", "dc_trl.records.json_lines", "dc_trl.rollouts"}
+    light |= {"dc_trl.rollouts.precisions"}
     assert {name for name in others if not name.startswith("dc_trl.rollouts.engines")} <= light
 
 
-@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "report"])
+@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "report", "export"])
 def test_a_command_is_found_without_what_it_will_need(name: str) -> None:
     assert not HEAVY & loaded(f"import dc_trl.commands.{name}.command")
 

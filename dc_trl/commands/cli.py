@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "write one HTML page about one or several runs, finished or going on",
         "dc_trl.commands.report.command:report_command",
     ),
+    "export": (
+        "write a policy as it samples: in the sampler's precision, rounded as at a weight sync",
+        "dc_trl.commands.export.command:export_command",
+    ),
 }
 
 

@@ -8,7 +8,7 @@ the reader knows which entries a resumed run repeats.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from inspect import get_annotations
@@ -66,9 +66,13 @@ class RunLogCallback(TrainerCallback):
     A run that starts from step 0 has the log to itself: what an earlier run left in the directory, `log.jsonl` and the
     `tokens` beside it, is set aside under the first free names, `log-1.jsonl` and `tokens-1`. A resumed run goes on
     with them. What this trainer evaluated before it starts to train belongs to its run.
+
+    Args:
+        facts: of the run, beyond its settings, for the line of each start; values of JSON's types.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, facts: Mapping[str, Any] | None = None) -> None:
+        self._facts = dict(facts or {})
         self._started = False
         self._own_from: int | None = None  # bytes of the log that were there before this trainer's first line
 
@@ -87,7 +91,7 @@ class RunLogCallback(TrainerCallback):
             mend_end(folder / LOG_FILE)
         # From now on all that is logged is of this run; a second run of this trainer sets it aside like any other.
         self._started, self._own_from = True, None
-        self._append(args, state, {"start": start | {"settings": settings}})
+        self._append(args, state, {"start": start | self._facts | {"settings": settings}})
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the entry that was just added to the log history."""
@@ -139,7 +143,8 @@ class Run:
 
     Attributes:
         name: the directory's.
-        start: the last start's `step`, `time`, `max_steps` and `model`; from transformers' state, `max_steps` alone.
+        start: the last start's `step`, `time`, `max_steps`, `model` and other facts, of this package's trainer
+            `rounding_in_force`; from transformers' state, `max_steps` alone.
         settings: the last start's; empty from transformers' state.
         entries: the log history, in order, without what a resumed run repeated.
         source: the file that was read.

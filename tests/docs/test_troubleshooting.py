@@ -48,8 +48,11 @@ def snippet(name: str) -> Any:
 
 
 def run(output_dir: Path, fault: Fault | None = None, **options: Any) -> DCGRPOTrainer:
-    """A metrics-only run of five steps at learning rate 0, bf16 rollouts unless said otherwise, with one fault."""
-    defaults = {"constraint": "none", "learning_rate": 0.0, **BATCH}
+    """A metrics-only run of five steps at learning rate 0, bf16 rollouts unless said otherwise, with one fault.
+
+    Random weights lie on no grid, so rounding to nearest is what a dither is to a published checkpoint.
+    """
+    defaults = {"constraint": "none", "learning_rate": 0.0, "sync_rounding": "nearest", **BATCH}
     if "rollout_func" not in options:
         defaults["rollout_precision"] = "bf16"
     trainer = dc_trainer(output_dir, **(defaults | options))
@@ -126,9 +129,9 @@ def test_truncated_sampling_is_refused_or_gives_a_floor(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="truncates or shifts"):
         DCGRPOConfig(str(tmp_path), bf16=False, rollout_backend="transformers", top_p=0.9)
     trainer = run(tmp_path, top_p(0.9), rollout_precision=None, max_steps=3)  # engines agree
-    # ρ = S, the mass that is kept, for every sampled token: 0.9 and a little more.
+    # ρ = S, the mass that is kept, for every sampled token: 0.9, and a part of the likeliest token that is not needed.
     assert min(logged(trainer, "dc/importance_ratio/min")) > 0.899
-    assert max(logged(trainer, "dc/importance_ratio/max")) < 0.95
+    assert max(logged(trainer, "dc/importance_ratio/max")) < 0.97
     assert min(logged(trainer, MEAN)) > 0.005 and max(logged(trainer, CHI2)) < -0.15
 
 
