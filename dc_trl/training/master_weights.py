@@ -117,10 +117,12 @@ class MasterWeights(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("MasterWeights takes no closure. Use an optimizer that needs none, such as AdamW.")
-        masters = {weight: self._master(name, weight) for name, weight in self._weights()}
+        # One without a gradient is left out, as by the optimizer, which would take a master alone for moments.
+        moving = [(name, weight) for name, weight in self._weights() if weight.grad is not None]
+        masters = {weight: self._master(name, weight) for name, weight in moving}
         with self._in_place_of_weights(masters):
             self.optimizer.step()
-        for name, weight in self._weights():
+        for name, weight in moving:
             self._settle(name, weight)
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,9 +171,7 @@ class MasterWeights(torch.optim.Optimizer):
         """Has the wrapped optimizer see masters, with their gradients, where it has weights."""
         state, weights = self.state, [group["params"] for group in self.param_groups]
         for weight, master in masters.items():
-            moments = {key: value for key, value in state.pop(weight, {}).items() if key != MASTER}
-            if moments:  # an empty entry looks to some optimizers as if they had begun
-                state[master] = moments
+            state[master] = {key: value for key, value in state.pop(weight, {}).items() if key != MASTER}
             master.grad = None if weight.grad is None else weight.grad.float()
         for group, params in zip(self.param_groups, weights, strict=True):
             group["params"] = [masters.get(weight, weight) for weight in params]

