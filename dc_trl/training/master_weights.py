@@ -139,8 +139,9 @@ class MasterWeights(torch.optim.Optimizer):
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for number, weight in zip(saved, weights, strict=True):
-            if weight.dtype in ROUNDED:
-                self.state[weight].update(_in_float32(state_dict["state"].get(number, {}), weight.device))
+            # Not for one without a state, which looking it up would make.
+            if weight.dtype in ROUNDED and number in state_dict["state"]:
+                self.state[weight].update(_in_float32(state_dict["state"][number], weight.device))
         self._settled.clear()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:

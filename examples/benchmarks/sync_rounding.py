@@ -285,7 +285,9 @@ def one_rounding(
 ) -> None:
     """A row of a model in bf16, which trains and samples with the same weights."""
     torch.manual_seed(args.seed)
-    model = copy.deepcopy(published).bfloat16()
+    model = copy.deepcopy(published)
+    for parameter in model.parameters():  # not its buffers: a copy has the frequencies of the positions in float32
+        parameter.data = parameter.data.bfloat16()
     optimizer = build(list(model.named_parameters()), args.learning_rate, args.seed)
     sampler = Sampler(model, "bf16", None)
     cells = []

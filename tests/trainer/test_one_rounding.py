@@ -22,12 +22,11 @@ SEED = 11
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def published(**options: Any) -> PreTrainedModel:
-    """A tiny model in float32 whose weights lie on the bf16 grid, as a checkpoint's do."""
+def published(dtype: torch.dtype = FP32, **options: Any) -> PreTrainedModel:
+    """A tiny model whose weights lie on the bf16 grid, as a checkpoint's do. Its buffers are in float32, as loaded."""
     model = tiny_model(**options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().to(dtype)
     return model
 
 
@@ -56,7 +55,7 @@ def share(moved: dict[str, Tensor], trained: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("loaded", [FP32, BF16], ids=["autocast", "loaded in bf16"])
 def test_the_sampler_has_the_weights_of_the_trainer_which_follow_the_masters(tmp_path: Path, loaded: Any) -> None:
-    trainer = train(tmp_path, published(tie_word_embeddings=True).to(loaded), bf16=loaded == FP32)
+    trainer = train(tmp_path, published(loaded, tie_word_embeddings=True), bf16=loaded == FP32)
     held = masters(trainer)
     assert {p.dtype for p in trainer.model.parameters()} == {BF16}
     assert {master.dtype for master in held.values()} == {FP32}
@@ -195,7 +194,7 @@ def test_what_does_not_work_is_refused_with_the_way_out(where: dict[str, Any], m
 
 
 def test_fsdp2_shards_a_model_in_bf16_and_masters_begin_as_its_weights() -> None:
-    model = published().bfloat16()
+    model = published(BF16)
     rounding = asked(model, mixed_precision="no", fsdp_plugin=SimpleNamespace(mixed_precision_policy=None))
     assert rounding is not None and rounding.masters == {}
 
