@@ -9,9 +9,8 @@ dithered sampler moves away. So the model itself gets the dithered weights, the 
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -35,16 +34,17 @@ class OneRounding:
     def __init__(self, dither: Dither, masters: dict[str, Tensor]) -> None:
         self.dither = dither
         self.masters = masters
+        self._wrapped: MasterWeights | None = None
 
     def wrap(self, optimizer: Any, model: nn.Module, accelerator: Accelerator) -> Any:
-        """The optimizer with masters; itself if it has them, as in a second run of a trainer."""
-        prepared = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        if isinstance(prepared, MasterWeights):
+        """The optimizer with masters; itself if it has them, as in a second run of a trainer, prepared or not."""
+        if self._wrapped is not None and self._wrapped in (optimizer, getattr(optimizer, "optimizer", None)):
             return optimizer
         # The names of the sync; adapters that are trained in 16 bits have none there, and keep their own.
         names = {id(parameter): name for name, parameter in plain_parameters(plain_model(model, accelerator))}
         weights = [(names.get(id(p), own), p) for own, p in model.named_parameters()]
-        return MasterWeights(optimizer, weights, self.dither, self.masters)
+        self._wrapped = MasterWeights(optimizer, weights, self.dither, self.masters)
+        return self._wrapped
 
 
 def one_rounding(args: Any, model: nn.Module, accelerator: Accelerator) -> OneRounding | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate import DistributedType
 from peft import LoraConfig
 from runs import dc_trainer, logged
 from tiny import tiny_model
@@ -217,3 +217,14 @@ def test_weights_off_the_grid_are_cast_with_the_dither_and_frozen_ones_have_no_m
     assert all(torch.equal(p, Dither(SEED).cast(exact[n], BF16, n)) for n, p in model.named_parameters())
     assert set(rounding.masters) == set(exact) - {"model.embed_tokens.weight"}
     assert all(torch.equal(master, exact[name]) for name, master in rounding.masters.items())
+
+
+def test_stochastic_rounding_without_masters_is_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    optim = pytest.importorskip("torchao.optim")
+    model = published(BF16)
+    optimizer = optim._AdamW(model.parameters(), lr=3e-5, bf16_stochastic_round=True)
+    with torch.compiler.set_stance("force_eager"):  # compiling its step takes longer than the run
+        trainer = train(tmp_path, model, optimizers=(optimizer, None), sync_rounding="auto")
+    assert trainer.optimizer.optimizer is optimizer
+    assert logged(trainer, "dc/sync/update_seen") == [1.0] * 3
+    assert min(logged(trainer, "dc/sync/changed")) > 0

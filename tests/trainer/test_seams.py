@@ -91,6 +91,7 @@ SEAMS = {
         "_name_or_path",
         "_non_persistent_buffers_set",
         "_schedulers",
+        "_version",
         "accelerate.commands.launch.launch_command",
         "accelerate.commands.launch.launch_command_parser",
         "accelerate.utils.gather_object",
