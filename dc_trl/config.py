@@ -121,8 +121,9 @@ class DCGRPOConfig(GRPOConfig):
     sync_rounding: str = _option(
         "auto",
         "How weights are rounded for the sampler: `nearest`, which loses updates of less than half a step of its "
-        "format; `dither`, by which they arrive in expectation; `auto`: dithered to bf16, fp16 and fp8 where the "
-        "trainer multiplies with finer weights, to nearest under autocast or FSDP's mixed precision.",
+        "format; `dither`, by which they arrive in expectation, and where the trainer computes in bf16 has the same "
+        "weights, of float32 masters; `auto`: dithered to bf16, fp16 and fp8 where the trainer multiplies with finer "
+        "weights, to nearest under autocast or FSDP's mixed precision.",
         choices=["auto", "nearest", "dither"],
     )
 

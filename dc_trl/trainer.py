@@ -32,6 +32,7 @@ from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
+from dc_trl.training.one_rounding import one_rounding
 from dc_trl.training.ragged import score_in_parts
 from dc_trl.training.replay_trainer import RouterReplayTrainer
 from dc_trl.training.state import measured_with, restore, write_state
@@ -64,6 +65,7 @@ class DCGRPOTrainer(RouterReplayTrainer):
       (B,) or (B, T), and `importance_sampling_ratio` after that forward.
     - `training_step`, `evaluation_loop`, `_step`, `_metrics`: where a generation batch, or an evaluation, ends;
       the end of the first is also that of the backward, up to which router replay holds
+    - `create_optimizer`, `optimizer`: float32 masters of weights in bf16, where trainer and sampler share one rounding
     - `train`, `_load_best_model`: where the engine's weights, `_last_loaded_step`, and what it sampled, `_step` and
       `_buffered_inputs`, are no longer current
     - `log`, `callback_handler`, `_tokenizer`: metrics of length-decay and of the gradient norm; the token log
@@ -135,6 +137,8 @@ class DCGRPOTrainer(RouterReplayTrainer):
             self.use_vllm = True
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
             self._last_loaded_step = NOT_LOADED
+        # Before the engine is built, which copies the dtypes of the model.
+        self._one_rounding = one_rounding(args, self.model, self.accelerator)
         if self.use_vllm:
             self.vllm_generation = engine.build(self, args)
         self._handle_dropout()
@@ -328,6 +332,13 @@ class DCGRPOTrainer(RouterReplayTrainer):
         self._forget_rollouts()
         with self._engine.in_use(self):
             return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Creates the optimizer as TRL does; where trainer and sampler share one rounding, with float32 masters."""
+        self.optimizer: Any = super().create_optimizer(model)
+        if self._one_rounding is not None:
+            self.optimizer = self._one_rounding.wrap(self.optimizer, self.model, self.accelerator)
+        return self.optimizer
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

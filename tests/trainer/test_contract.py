@@ -21,6 +21,7 @@ PARAMETERS = {
     "_prepare_inputs": ["generation_batch"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "create_optimizer": ["model"],
     "_load_best_model": [],
     "save_model": ["output_dir", "_internal_call"],
     "_load_optimizer_and_scheduler": ["checkpoint"],

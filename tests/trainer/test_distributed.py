@@ -143,3 +143,22 @@ def test_fsdp2_ranks_that_write_their_own_shards_save_and_resume(tmp_path: Path)
         assert resumed["tolerance"] == whole["tolerance"] is not None
     assert (tmp_path / "sharded_files/checkpoint-2/pytorch_model_fsdp_0/__1_0.distcp").is_file()
     assert not list((tmp_path / "sharded_files").glob("**/.*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["one_rounding", "one_rounding_sharded"])
+def test_ranks_share_one_rounding_of_their_masters_and_resume(name: str, tmp_path: Path) -> None:
+    ranks = launch(tmp_path, name, f"{name}_resumed")
+    for rank in ranks:
+        whole, resumed = rank[name], rank[f"{name}_resumed"]
+        assert whole["sharded"] == name.endswith("sharded")
+        # As a sync would round the whole masters: each shard knows where in its tensor it stands.
+        assert whole["cast"].keys() == whole["sampler"].keys()
+        for key, tensor in whole["cast"].items():
+            assert torch.equal(whole["sampler"][key], tensor), key
+        assert torch.equal(torch.cat([t.flatten() for t in whole["cast"].values()]), whole["weights"])
+        assert (whole["masters"] != whole["masters"].bfloat16()).float().mean() > 0.5
+        assert values(whole, "dc/sync/update_seen") == [1.0] * 3
+        assert torch.equal(resumed["masters"], whole["masters"])
+        assert torch.equal(resumed["weights"], whole["weights"])
+    assert torch.equal(ranks[0][name]["weights"], ranks[1][name]["weights"])
+    assert torch.equal(ranks[0][name]["masters"], ranks[1][name]["masters"])

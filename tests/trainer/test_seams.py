@@ -37,6 +37,7 @@ SEAMS = {
         "_prepare_inputs",
         "_tag_names",
         "create_model_card",
+        "create_optimizer",
         "evaluation_loop",
         "log",
         "save_model",
@@ -44,6 +45,7 @@ SEAMS = {
         "training_step",
         # Set, or swapped for a while.
         "_last_loaded_step",
+        "optimizer",
         "temperature",
         "use_vllm",
         "vllm_generation",
@@ -97,6 +99,7 @@ SEAMS = {
         "_name_or_path",
         "_non_persistent_buffers_set",
         "_schedulers",
+        "_version",
         "accelerate.commands.launch.launch_command",
         "accelerate.commands.launch.launch_command_parser",
         "accelerate.utils.gather_object",
