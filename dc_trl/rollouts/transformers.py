@@ -63,8 +63,13 @@ class TransformersGeneration:
         dither: rounds the copy's weights with a fixed dither; None rounds to nearest.
 
     Attributes:
+        policy: the engine's own model, in eval mode, with the weights that sample.
+        quantization: "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers,
+            simulated fused experts); for logs.
         update_seen: measures how much of the training the syncs bring.
         sync_metrics: of the last sync, see `UpdateSeen.finish`.
+        last_routes: with `record_routes`, the experts chosen in the last `generate`, one tensor (prompt and
+            completion, layers, experts a token) a sequence: see `dc_trl.rollouts.router_replay`.
 
     Raises:
         ValueError: unknown precision, temperature not above 0, unsupported option, nothing to quantise, or routes of
@@ -97,7 +102,8 @@ class TransformersGeneration:
         self._device = accelerator.device
         self._live = plain_model(model, accelerator)  # once: unwrapping walks the tree, twice
         self.dither = dither
-        self._copy = PolicyCopy(self._live, precision, self._device, dither)
+        self._record_routes = record_routes
+        self._build_copy()
         self.update_seen = UpdateSeen(parameter_sizes(self._copy.model))
         self.sync_metrics: dict[str, float] = {}
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -105,24 +111,15 @@ class TransformersGeneration:
         self._eos = torch.tensor(eos, dtype=torch.long, device=self._device)
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any id will do
         self._generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
-        self._recorder = RouterRecorder(self.policy) if record_routes else None
         self.last_routes: list[torch.Tensor] = []
         self._synced = False
         logger.info("rollout precision %s, quantisation %s", precision or "as trained", self.quantization)
 
-    @property
-    def policy(self) -> PreTrainedModel:
-        """The engine's own model, in eval mode, with the weights that sample."""
-        return self._copy.model
-
-    @property
-    def quantization(self) -> str:
-        """How the weights are held.
-
-        "none" (as trained), "cast", "real" (torchao), "fake" (simulated) or "mixed" (real layers, simulated fused
-        experts); for logs.
-        """
-        return self._copy.quantization
+    def _build_copy(self) -> None:
+        self._copy = PolicyCopy(self._live, self.precision, self._device, self.dither)
+        self.policy = self._copy.model
+        self.quantization = self._copy.quantization
+        self._recorder = RouterRecorder(self.policy) if self._record_routes else None
 
     def sync_weights(self) -> None:
         """Copy the live weights into `policy` and quantise them again; the live model is only read.
@@ -135,8 +132,8 @@ class TransformersGeneration:
             ValueError: an adapter on tied embeddings.
         """
         if not self._copy.fits(self._live):
-            del self._copy  # before the next one takes its room
-            self._copy = PolicyCopy(self._live, self.precision, self._device, self.dither)
+            del self._copy, self.policy, self._recorder  # before the next one takes its room
+            self._build_copy()
         self._copy.load(iter_plain_weights(self._live, self.accelerator), self.update_seen)
         self.sync_metrics = self.update_seen.finish()
         self._synced = True
@@ -209,7 +206,7 @@ class TransformersGeneration:
         batch = self._prefill(prompts)
         routes = RolloutRoutes(self._recorder, prompts, horizon) if self._recorder else None
         for step in range(horizon):
-            drawn, drawn_logprobs = self._draw(batch, count, greedy)
+            drawn, drawn_logprobs = self._draw(batch.logits, greedy)
             tokens[batch.rows, step] = drawn
             logprobs[batch.rows, step] = drawn_logprobs
             ended = batch.alive & torch.isin(drawn, self._eos)
@@ -229,17 +226,10 @@ class TransformersGeneration:
         completions = [row[:length] for row, length in zip(tokens.tolist(), cut, strict=True)]
         return completions, [row[:length] for row, length in zip(logprobs.tolist(), cut, strict=True)]
 
-    def _draw(self, batch: "_Batch", count: int, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (n,) and their log-probabilities (n,), of sequences that were `count` at the start."""
-        logprobs = torch.log_softmax(batch.logits.float() / self.temperature, dim=-1)
-        if greedy:
-            tokens = logprobs.argmax(dim=-1, keepdim=True)
-        elif logprobs.device.type == "cpu":
-            # For all that began, so that what a sequence draws does not hang on when others end or are dropped.
-            uniform = torch.rand((count, 1), dtype=torch.float64, generator=self._generator)[batch.rows]
-            tokens = _invert(logprobs.exp(), uniform)
-        else:
-            tokens = torch.multinomial(logprobs.exp(), 1, generator=self._generator)
+    def _draw(self, logits: torch.Tensor, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (n,) and their log-probabilities (n,) from logits (n, V)."""
+        logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
+        tokens = logprobs.argmax(dim=-1, keepdim=True) if greedy else _sample(logprobs.exp(), self._generator)
         return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
     def _prefill(self, prompts: list[list[int]]) -> "_Batch":
@@ -321,16 +311,17 @@ class _Batch:
             setattr(self, name, getattr(self, name)[indices])
 
 
-def _invert(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """One token (n, 1) from each distribution (n, V), by inverting it at `uniform` (n, 1), float64 in [0, 1).
-
-    multinomial draws V exponentials a row, a quarter of the whole time on a CPU; this takes one uniform. In float64,
-    so that rounding over a large vocabulary does not move its tail.
-    """
+def _sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """One token (n, 1) from each distribution (n, V)."""
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1, generator=generator)
+    # multinomial draws V exponentials a row, a quarter of the whole time on a CPU; inverting the cumulative
+    # distribution takes one uniform. In float64, so that rounding over a large vocabulary does not move its tail.
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     if not bool(total.isfinite().all()):
         raise RuntimeError("the policy's logits are not finite, so no token can be drawn; lower the learning rate.")
+    uniform = torch.rand(total.shape, dtype=torch.float64, generator=generator)
     return torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=probabilities.shape[-1] - 1)
 
 

@@ -92,25 +92,34 @@ def test_layers_of_other_kinds_stay() -> None:
     ] and len(set(kinds)) == 2
 
 
+@pytest.mark.parametrize("share", [0.0, 2.0], ids=["at-once", "never"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_a_sequence_draws_does_not_hang_on_what_is_dropped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = build_engine(build_model(name), eos_token_ids=ENDS, max_completion_length=40)
-    results = []
-    for share in (0.0, engine_module.DROP_AT, 2.0):  # always, as it is, never
-        monkeypatch.setattr(engine_module, "DROP_AT", share)
-        torch.manual_seed(0)
-        results.append(engine.generate(PROMPTS, None, 1))
-    always, usual, never = results
-    assert len({len(completion) for completion in never[1]}) > 10
-    assert always[1] == usual[1] == never[1]
-    for some in (always, usual):
-        torch.testing.assert_close(flat(some[2]), flat(never[2]), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_dropping_at_once_keeps_each_sequence_its_own_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "DROP_AT", 0.0)
+def test_each_sequence_keeps_its_own_cache_whenever_others_are_dropped(
+    name: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "DROP_AT", share)
     model = build_model(name)
     engine = build_engine(model, eos_token_ids=ENDS, max_completion_length=40)
+    widths: list[int] = []
+    engine.policy.register_forward_pre_hook(
+        lambda module, arguments, named: widths.append(len(named["input_ids"])), with_kwargs=True
+    )
     torch.manual_seed(0)
     assert worst_error(engine, model, PROMPTS) < 1e-4
+    decoded = widths[1:]  # after the prompts
+    assert decoded == sorted(decoded, reverse=True)
+    assert (len(set(decoded)) > 10) == (share == 0.0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_completions_are_the_same_whenever_sequences_are_dropped(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(build_model(name), eos_token_ids=ENDS, max_completion_length=40)
+    results = []
+    for share in (0.0, engine_module.DROP_AT, 2.0):
+        monkeypatch.setattr(engine_module, "DROP_AT", share)
+        results.append(engine.generate(PROMPTS, None, 1, greedy=True))
+    assert results[0][1] == results[1][1] == results[2][1]
+    for some in results[:2]:
+        torch.testing.assert_close(flat(some[2]), flat(results[2][2]), atol=1e-4, rtol=0)

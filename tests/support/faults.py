@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dc_trl import DCGRPOTrainer
-from dc_trl.training.attributes import temporary_attributes
 
 Fault = Callable[[DCGRPOTrainer], None]
 
@@ -49,8 +48,9 @@ def stale_prefix_cache(trainer: DCGRPOTrainer) -> None:
     def stale_prefill(prompts: list[list[int]]) -> Any:
         current = engine.policy
         first.append(copy.deepcopy(current)) if not first else None
-        with temporary_attributes(engine._copy, model=first[0]):
-            batch = prefill(prompts)
+        engine.policy = first[0]
+        batch = prefill(prompts)
+        engine.policy = current
         batch.cache.crop(-1)
         batch.logits = current(
             input_ids=torch.tensor([[prompt[-1]] for prompt in prompts]),
@@ -75,11 +75,10 @@ def reported(sampled: Callable[[Tensor], Tensor], report: Callable[[Tensor, Tens
     def fault(trainer: DCGRPOTrainer) -> None:
         engine = trainer.vllm_generation
 
-        def draw(batch: Any, count: int, greedy: bool) -> tuple[Tensor, Tensor]:
-            logits = batch.logits.float()
-            logps = sampled(logits / engine.temperature)
+        def draw(logits: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+            logps = sampled(logits.float() / engine.temperature)
             tokens = torch.multinomial(logps.exp(), 1)
-            return tokens.squeeze(1), report(logits, logps).gather(1, tokens).squeeze(1)
+            return tokens.squeeze(1), report(logits.float(), logps).gather(1, tokens).squeeze(1)
 
         engine._draw = draw
 
