@@ -69,7 +69,7 @@ AttentionMaskInterface.register(SHARED_KEYS_ATTENTION, sdpa_mask)
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer of full attention, written in place: new tokens into room kept free, the last rows into gaps.
+    """A cache layer of full attention, written in place: new tokens into room kept free, rows into gaps before them.
 
     Args:
         layer: the filled layer to take over; its tensors are copied on the first update.
@@ -99,10 +99,11 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self._key_room[:rows, :, :end], self._value_room[:rows, :, :end]
         return self.keys, self.values
 
-    def move_rows(self, gaps: torch.Tensor, movers: torch.Tensor, rows: int) -> None:
-        """Keep the first `rows` sequences after those at `movers` have been written over those at `gaps`."""
-        self.keys[gaps] = self.keys[movers]
-        self.values[gaps] = self.values[movers]
+    def keep_rows(self, kept: torch.Tensor, unmoved: int) -> None:
+        """Keep the sequences at the places `kept`, which rise; the first `unmoved` of them are where they belong."""
+        movers, rows = kept[unmoved:], len(kept)
+        self.keys[unmoved:rows] = self.keys[movers]
+        self.values[unmoved:rows] = self.values[movers]
         self.keys, self.values = self.keys[:rows], self.values[:rows]
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -124,17 +125,16 @@ def give_room(cache: Any, most: int) -> None:
     cache.layers = [RoomyLayer(layer, most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
-def keep_rows(cache: Any, kept: torch.Tensor, gaps: torch.Tensor, movers: torch.Tensor) -> None:
-    """Drop sequences from a cache: row by row where it can be written in place, else by a copy of what is kept.
+def keep_rows(cache: Any, kept: torch.Tensor, unmoved: int) -> None:
+    """Drop sequences from a cache: in place where it can be written so, else by a copy of what is kept.
 
     Args:
         cache: of any kind.
-        kept: (m,) places of the sequences to keep, in their new order.
-        gaps: places below m that change; `movers` are `kept` at these.
-        movers: places, m or above, of the sequences that go there.
+        kept: (m,) places of the sequences to keep, rising.
+        unmoved: how many of them, from the first, stay where they are.
     """
     for layer in cache.layers:
         if isinstance(layer, RoomyLayer):
-            layer.move_rows(gaps, movers, len(kept))
+            layer.keep_rows(kept, unmoved)
         else:
             layer.reorder_cache(kept)

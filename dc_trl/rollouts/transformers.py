@@ -28,9 +28,9 @@ from dc_trl.rollouts.weights import iter_plain_weights, parameter_sizes, plain_m
 
 logger = logging.getLogger(__name__)
 
-# Sequences that have ended are dropped once they are this share of those decoded: a drop costs about as much as one
-# row for a few steps.
-DROP_AT = 1 / 16
+# Sequences that have ended are dropped once there are this many, or this share of a large batch, or a half of a small
+# one: a drop costs about as much as a few rows in one step.
+DROP_ROWS, DROP_SHARE = 4, 1 / 16
 
 
 class TransformersGeneration:
@@ -215,8 +215,9 @@ class TransformersGeneration:
             running = int(batch.alive.sum())
             if running == 0 or step + 1 == horizon:
                 break
-            if DROP_AT * len(drawn) <= len(drawn) - running:
-                drawn = drawn[batch.keep_alive(running)]
+            if is_drop_due(len(drawn), running):
+                drawn = drawn[batch.alive]
+                batch.keep_alive()
             self._advance(batch, drawn)
             if routes is not None:
                 routes.add(batch.rows, step)
@@ -296,19 +297,21 @@ class _Batch:
         self._pick(indices)
         self.cache.reorder_cache(indices)  # an index_select of every layer's state
 
-    def keep_alive(self, running: int) -> torch.Tensor:
-        """Drop all but the `running` sequences that still run, and return where these were. The last fill the gaps."""
-        gaps = (~self.alive[:running]).nonzero().squeeze(1)
-        movers = self.alive[running:].nonzero().squeeze(1) + running
-        kept = torch.arange(running, device=self.alive.device)
-        kept[gaps] = movers
+    def keep_alive(self) -> None:
+        """Drop the sequences that have ended; the others keep their order."""
+        kept = self.alive.nonzero().squeeze(1)
+        unmoved = int((kept == torch.arange(len(kept), device=kept.device)).sum())
         self._pick(kept)
-        keep_rows(self.cache, kept, gaps, movers)
-        return kept
+        keep_rows(self.cache, kept, unmoved)
 
     def _pick(self, indices: torch.Tensor) -> None:
         for name in ("rows", "alive", "lengths", "mask", "logits"):
             setattr(self, name, getattr(self, name)[indices])
+
+
+def is_drop_due(rows: int, running: int) -> bool:
+    """Whether the ended sequences of a batch are worth dropping: `running` of its `rows` go on."""
+    return rows - running >= min(rows / 2, max(DROP_ROWS, DROP_SHARE * rows))
 
 
 def _sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

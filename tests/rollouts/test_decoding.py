@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding: cache and attention equal those of transformers, and what is dropped changes nothing."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dc_trl.rollouts import transformers as engine_module
 from dc_trl.rollouts.decoding import SHARED_KEYS_ATTENTION, RoomyLayer, give_room, keep_rows, shared_keys_attention
+from dc_trl.rollouts.transformers import is_drop_due
 
 PROMPTS = [[5 + i % 3] * (1 + i % 5) for i in range(48)]
 ENDS = list(range(2, 20))
@@ -53,19 +55,17 @@ def test_a_roomy_layer_holds_what_a_growing_one_holds() -> None:
     torch.manual_seed(0)
     growing = filled_layer()
     roomy = RoomyLayer(growing, most=300)
-    # Row 1 ends, then rows 0 and 3 of those left. The last rows move into the gaps.
-    for kept in ([0, 5, 2, 3, 4], [4, 1, 2]):
+    # Row 2 ends, then rows 0 and 3 of those left.
+    for kept, unmoved in (([0, 1, 3, 4, 5], 2), ([1, 2, 4], 0)):
         for _ in range(90):
             new = torch.randn(2, growing.keys.shape[0], 2, 1, 4).unbind()
             for ours, theirs in zip(roomy.update(*new), growing.update(*new), strict=True):
                 assert torch.equal(ours, theirs)
         assert roomy.get_seq_length() == growing.get_seq_length()
         assert roomy.get_mask_sizes(1) == growing.get_mask_sizes(1)
-        gaps = torch.tensor([place for place, row in enumerate(kept) if row != place])
-        movers = torch.tensor([row for place, row in enumerate(kept) if row != place])
         cache = DynamicCache()
         cache.layers = [roomy, growing]
-        keep_rows(cache, torch.tensor(kept), gaps, movers)
+        keep_rows(cache, torch.tensor(kept), unmoved)
         assert torch.equal(roomy.keys, growing.keys) and torch.equal(roomy.values, growing.values)
     assert 185 <= roomy._key_room.shape[-2] <= 1.5 * 185 and len(roomy.keys) == 3
 
@@ -92,12 +92,28 @@ def test_layers_of_other_kinds_stay() -> None:
     ] and len(set(kinds)) == 2
 
 
-@pytest.mark.parametrize("share", [0.0, 2.0], ids=["at-once", "never"])
+@pytest.mark.parametrize(
+    ("rows", "running", "due"),
+    [(64, 61, False), (64, 60, True), (256, 241, False), (256, 240, True), (8, 5, False), (8, 4, True), (3, 2, False)]
+    + [(2, 1, True), (5, 5, False)],
+)
+def test_a_drop_is_due_when_it_pays(rows: int, running: int, due: bool) -> None:
+    assert is_drop_due(rows, running) == due
+
+
+DROPS: dict[str, Callable[[int, int], bool]] = {
+    "at-once": lambda rows, running: running < rows,
+    "as-it-is": is_drop_due,
+    "never": lambda rows, running: False,
+}
+
+
+@pytest.mark.parametrize("drop", ["at-once", "never"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_sequence_keeps_its_own_cache_whenever_others_are_dropped(
-    name: str, share: float, monkeypatch: pytest.MonkeyPatch
+    name: str, drop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "DROP_AT", share)
+    monkeypatch.setattr(engine_module, "is_drop_due", DROPS[drop])
     model = build_model(name)
     engine = build_engine(model, eos_token_ids=ENDS, max_completion_length=40)
     widths: list[int] = []
@@ -108,7 +124,7 @@ def test_each_sequence_keeps_its_own_cache_whenever_others_are_dropped(
     assert worst_error(engine, model, PROMPTS) < 1e-4
     decoded = widths[1:]  # after the prompts
     assert decoded == sorted(decoded, reverse=True)
-    assert (len(set(decoded)) > 10) == (share == 0.0)
+    assert (len(set(decoded)) > 10) == (drop == "at-once")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -117,8 +133,8 @@ def test_greedy_completions_are_the_same_whenever_sequences_are_dropped(
 ) -> None:
     engine = build_engine(build_model(name), eos_token_ids=ENDS, max_completion_length=40)
     results = []
-    for share in (0.0, engine_module.DROP_AT, 2.0):
-        monkeypatch.setattr(engine_module, "DROP_AT", share)
+    for due in DROPS.values():
+        monkeypatch.setattr(engine_module, "is_drop_due", due)
         results.append(engine.generate(PROMPTS, None, 1, greedy=True))
     assert results[0][1] == results[1][1] == results[2][1]
     for some in results[:2]:
