@@ -35,7 +35,7 @@ BATCH = {"per_device_train_batch_size": 32, "num_generations": 8, "max_completio
 MEAN, CHI2, KL = "dc/discrepancy/mean", "dc/chi2_token", "dc/kl"
 SEEN = "dc/sync/update_seen_since_start"
 # Updates far below half a step of the bf16 grid, on which a published checkpoint lies.
-SMALL_UPDATES = {"learning_rate": 3e-5, "max_steps": 12}
+SMALL_UPDATES = {"learning_rate": 3e-5, "max_steps": 24}
 
 
 def snippet(name: str) -> Any:
