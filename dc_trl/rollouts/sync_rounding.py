@@ -44,9 +44,12 @@ def rounding_in_force(engine: Any, args: Any, accelerator: Accelerator) -> str |
         accelerator: the trainer's.
 
     Returns:
-        None where no weight is rounded: no engine has weights of its own, or it has them as trained.
+        None where no weight is rounded: no engine has weights of its own, or it has them as trained or in float32.
     """
-    if not hasattr(engine, "deployed_weights") or getattr(engine, "quantization", None) == "none":
+    if not hasattr(engine, "deployed_weights"):
+        return None
+    # In process, quantised weights are multiplied in float32 too.
+    if getattr(engine, "quantization", "none" if engine.deployed_dtype == torch.float32 else "cast") == "none":
         return None
     return "nearest" if choose_dither(args, accelerator) is None else "dither"
 

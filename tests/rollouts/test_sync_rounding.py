@@ -128,6 +128,16 @@ def test_the_rounding_in_force_is_what_auto_came_to(
     assert f"| rounding at the weight sync | {row}" in (tmp_path / "README.md").read_text()
 
 
+def test_nothing_is_rounded_for_an_engine_that_serves_in_float32(tmp_path: Path) -> None:
+    args = DCGRPOConfig(**settings(tmp_path, use_vllm=True))
+    for dtype, expected in ((torch.bfloat16, "dither"), (torch.float32, None)):
+        engine = SimpleNamespace(deployed_weights=None, deployed_dtype=dtype)
+        assert rounding_in_force(engine, args, accelerator()) == expected
+    # In process, fp8 weights are multiplied in float32, and are rounded all the same.
+    engine = SimpleNamespace(deployed_weights=None, deployed_dtype=torch.float32, quantization="fake")
+    assert rounding_in_force(engine, args, accelerator()) == "dither"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

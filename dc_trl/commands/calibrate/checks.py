@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dc_trl.commands.calibrate.grid import Grid, describe_grid
 from dc_trl.commands.calibrate.scores import (
     Mean,
     Scores,
@@ -235,6 +236,17 @@ def check_tail(scores: Scores, ess: float | None) -> Verdict:
     return Verdict(name, PASS, message)
 
 
+def check_grid(grid: Grid | None, floor: Mean, off_grid: Mean | None) -> Verdict:
+    """Whether the floor at step 0 is that of training, and whether training will reach the sampler."""
+    name = "rounding"
+    if grid is None:
+        return Verdict(name, NOT_RUN, "No token was scored.")
+    message = describe_grid(grid, floor, off_grid)
+    if grid.loses_updates:
+        return Verdict(name, WARN, message, f"Set sync_rounding='dither': {_PAGE}#rounding-at-the-weight-sync")
+    return Verdict(name, PASS, message)
+
+
 def judge(measurement: "Measurement", plan: Plan, temperature: float) -> list[Verdict]:
     """Every check of a measurement, in the order in which a cause is to be looked for."""
     verdicts = [check_scored(measurement.floor)]
@@ -252,7 +264,15 @@ def judge(measurement: "Measurement", plan: Plan, temperature: float) -> list[Ve
         ),
         check_weights(measurement.weights_moved),
         check_tail(measurement.floor, table["dc"]["ess"]),
+        check_grid(measurement.grid, floor, off_grid_floor(measurement, plan)),
     ]
+
+
+def off_grid_floor(measurement: "Measurement", plan: Plan) -> Mean | None:
+    """The mean with the weights off the sampler's grid; None where it was not measured."""
+    if measurement.off_grid is None:
+        return None
+    return mean_discrepancy(measurement.off_grid, plan.metric, plan.average)
 
 
 def conclude(measurement: "Measurement", plan: Plan, verdicts: list[Verdict]) -> Recommendation:
@@ -260,16 +280,26 @@ def conclude(measurement: "Measurement", plan: Plan, verdicts: list[Verdict]) ->
     failed = ", ".join(failures(verdicts))
     if failed:
         return Recommendation(None, f"Failed: {failed}. A tolerance would hide it, so none is recommended.")
-    return recommend(measurement.floor, plan)
+    floor, off_grid = mean_discrepancy(measurement.floor, plan.metric, plan.average), off_grid_floor(measurement, plan)
+    if measurement.off_grid is None or off_grid is None or not off_grid.value > floor.value:
+        return recommend(measurement.floor, plan)
+    chosen = recommend(measurement.off_grid, plan, "floor off the grid")
+    reason = (
+        f"{chosen.reason} At step 0 it is {floor.value:.3g}, but training leaves the grid, so that one will not hold."
+    )
+    if measurement.grid is not None and measurement.grid.loses_updates:
+        reason += " With sync_rounding='nearest' neither will: see the check of the rounding."
+    return Recommendation(chosen.tolerance, reason)
 
 
-def recommend(scores: Scores, plan: Plan) -> Recommendation:
+def recommend(scores: Scores, plan: Plan, name: str = "floor") -> Recommendation:
     """The tolerance of a healthy engine: the floor times the slack, or above the noise of a batch's mean if that is
     more. The rule is ours; arXiv 2606.08779 gives numbers, not how they were found.
 
     Args:
         scores: of the passes with equal weights.
         plan: the run's.
+        name: of the floor, in the reason.
     """
     floor = mean_discrepancy(scores, plan.metric, plan.average)
     if floor.value < METRICS[plan.metric].agreeing:
@@ -284,13 +314,13 @@ def recommend(scores: Scores, plan: Plan) -> Recommendation:
     if floor.value + noise > slack:
         return Recommendation(
             _rounded(floor.value + noise),
-            f"The floor {floor.value:.3g} plus three standard errors of a training batch's mean ({noise / 3:.2g} "
+            f"The {name} {floor.value:.3g} plus three standard errors of a training batch's mean ({noise / 3:.2g} "
             f"each, {plan.problems_per_batch:g} problems): `tolerance_slack` {plan.slack:g} alone would give "
             f"{slack:.3g}, which noise would exceed.",
         )
     return Recommendation(
         _rounded(slack),
-        f"The floor {floor.value:.3g} times `tolerance_slack` {plan.slack:g}. Three standard errors of a training "
+        f"The {name} {floor.value:.3g} times `tolerance_slack` {plan.slack:g}. Three standard errors of a training "
         f"batch's mean would need {floor.value + noise:.3g} or more.",
     )
 

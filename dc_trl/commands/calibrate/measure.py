@@ -17,8 +17,11 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
-from dc_trl.commands.calibrate.nudge import Nudge, fingerprint, moved
+from dc_trl.commands.calibrate.grid import ON_GRID, Grid
+from dc_trl.commands.calibrate.nudge import Nudge, OffGrid, count_on_grid, fingerprint, moved, trained_finer
 from dc_trl.commands.calibrate.scores import Scores, join, mean_discrepancy, merge
+from dc_trl.rollouts.precisions import INTEGER_BITS
+from dc_trl.rollouts.sync_rounding import forward_rounds_weights, rounding_in_force
 from dc_trl.rollouts.weights import plain_model
 from dc_trl.step import Step
 from dc_trl.training.attributes import temporary_attributes
@@ -122,6 +125,8 @@ class Measurement:
         stale: the second pass's samples scored by the nudged weights: what a dead sync would look like.
         nudged: sampled and scored after the nudge and a sync. `nudge_size` is its relative size.
         undone: the nudged pass's samples, scored by the weights before the nudge.
+        grid: where the weights lie, and how they are rounded.
+        off_grid: sampled and scored with the weights moved off the sampler's grid; only where they lie on it.
     """
 
     first: Scores
@@ -135,6 +140,8 @@ class Measurement:
     nudged: Scores | None = None
     undone: Scores | None = None
     nudge_size: float | None = None
+    grid: Grid | None = None
+    off_grid: Scores | None = None
 
 
 class _Measured(Exception):
@@ -184,6 +191,7 @@ def _passes(trainer: Any, dataset: Any) -> Measurement:
         return result
     _nudge(trainer, dataset, result)
     _other_temperature(trainer, dataset, result)
+    _off_the_grid(trainer, dataset, result)
     return result
 
 
@@ -231,6 +239,36 @@ def _nudge(trainer: Any, dataset: Any, result: Measurement) -> None:
     finally:
         nudge.undo()
         trainer.vllm_generation.sync_weights()
+
+
+def _off_the_grid(trainer: Any, dataset: Any, result: Measurement) -> None:
+    dtype = getattr(trainer.vllm_generation, "deployed_dtype", torch.bfloat16)
+    if dtype not in (torch.bfloat16, torch.float16):
+        dtype = torch.bfloat16  # quantised weights, multiplied in float32: the grid is the checkpoint's
+    on, size = (sum(counts) for counts in zip(*gather_object([count_on_grid(trainer.model, dtype)]), strict=True))
+    result.grid = grid = Grid(
+        share=on / max(size, 1),
+        dtype=str(dtype).removeprefix("torch."),
+        rounding=_rounding(trainer),
+        forward_rounds=forward_rounds_weights(trainer.accelerator),
+        integers=trainer.args.rollout_precision in INTEGER_BITS,
+    )
+    if grid.share < ON_GRID or grid.rounding is None:
+        return
+    _say(trainer, "pass 5: weights off the sampler's grid")
+    weights = OffGrid(trainer.model, trainer.args.seed, dtype)
+    try:
+        weights.apply()
+        result.off_grid = trainer.sample(dataset)
+    finally:
+        weights.undo()
+        trainer.vllm_generation.sync_weights()
+
+
+def _rounding(trainer: Any) -> str | None:
+    if not trained_finer(trainer.model):
+        return None
+    return rounding_in_force(trainer.vllm_generation, trainer.args, trainer.accelerator)
 
 
 def _say(trainer: Any, message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dc_trl import __version__
-from dc_trl.commands.calibrate.checks import FAIL, Plan, Recommendation, Verdict, healthy
+from dc_trl.commands.calibrate.checks import FAIL, Plan, Recommendation, Verdict, healthy, off_grid_floor
 from dc_trl.commands.calibrate.measure import Measurement
 from dc_trl.commands.calibrate.scores import describe, mean_discrepancy
 from dc_trl.discrepancy import METRICS
@@ -81,12 +81,13 @@ def hardware(processes: int) -> str:
 def as_json(found: Calibration) -> str:
     """Everything, as one JSON object; docs/calibration.md explains its keys. Numbers that do not exist are null."""
     m, plan = found.measurement, found.plan
-    passes = {name: getattr(m, name) for name in ("first", "second", "stale", "nudged", "undone")}
+    passes = {name: getattr(m, name) for name in ("first", "second", "stale", "nudged", "undone", "off_grid")}
     content = {
         "healthy": healthy(found.verdicts),
         "discrepancy_tolerance": found.recommendation.tolerance,
         "reason": found.recommendation.reason,
         "floor": asdict(mean_discrepancy(m.floor, plan.metric, plan.average)) | asdict(plan),
+        "grid": _grid(m, plan),
         "checks": [asdict(verdict) for verdict in found.verdicts],
         "distribution": describe(m.floor),
         "passes": {name: describe(scores) for name, scores in passes.items() if scores is not None},
@@ -101,6 +102,15 @@ def as_json(found: Calibration) -> str:
         "run": found.run,
     }
     return json.dumps(_without_nan(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _grid(measurement: Measurement, plan: Plan) -> dict[str, Any]:
+    """Where the weights lie, and the floor off the grid, as far as they were measured."""
+    grid, floor = measurement.grid, off_grid_floor(measurement, plan)
+    names = ("share", "dtype", "rounding", "forward_rounds")
+    return {name: getattr(grid, name, None) for name in names} | {
+        name: getattr(floor, name, None) for name in ("value", "stderr", "spread")
+    }
 
 
 def _rows(misfits: dict[float, float]) -> list[dict[str, float]]:
@@ -138,12 +148,18 @@ def as_text(found: Calibration) -> str:
 
 def _size(found: Calibration, table: dict[str, Any]) -> list[str]:
     floor = mean_discrepancy(found.measurement.floor, found.plan.metric, found.plan.average)
-    symbol = METRICS[found.plan.metric].symbol
+    off_grid = off_grid_floor(found.measurement, found.plan)
+    mean = f"mean {METRICS[found.plan.metric].symbol} by {found.plan.average}"
+    floors = {"floor" if off_grid is None else "floor at step 0": floor, "floor off the grid": off_grid}
     return [
         f"  2 passes, {table['completions']} completions of {table['problems']} problems, {table['tokens']:,} tokens",
         f"  {table['mean_length']:.0f} tokens a completion, {table['cut_fraction']:.0%} cut at max_completion_length",
         f"  {found.run['hardware']}, {found.run['seconds']:.0f} s",
-        f"  floor: mean {symbol} by {found.plan.average} {floor.value:.4g} ± {floor.stderr:.1g} (standard error)",
+        *(
+            f"  {name}: {mean} {found_floor.value:.4g} ± {found_floor.stderr:.1g} (standard error)"
+            for name, found_floor in floors.items()
+            if found_floor is not None
+        ),
     ]
 
 

@@ -39,6 +39,7 @@ SETTINGS = (
     "vllm_mode",
     "vllm_engine_kwargs",
     "weight_sync",
+    "sync_rounding",
 )
 """Fields of the configuration that decide what is measured; they are written down with the result."""
 

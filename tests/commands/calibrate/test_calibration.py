@@ -21,7 +21,7 @@ from faults import (
 )
 from places import ROOT
 from problems import write_sums
-from tiny import save_tiny_policy
+from tiny import published_model, save_tiny_policy
 
 from dc_trl import DCGRPOTrainer
 from dc_trl.commands.calibrate import run as calibrate_run
@@ -145,6 +145,67 @@ def test_the_weights_are_put_back_to_the_bit(calibrate: Any) -> None:
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(served[name], dither.cast(parameter.detach(), torch.bfloat16, name))
     assert trainer.state.global_step == 0 and trainer.temperature == 1.0 == trainer.vllm_generation.temperature
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A policy whose weights lie on the bf16 grid."""
+    return str(save_tiny_policy(tmp_path_factory.mktemp("published"), published_model()))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "dither"])
+def test_a_checkpoint_on_the_grid_gets_the_floor_that_holds(calibrate: Any, published: str, rounding: str) -> None:
+    kept: dict[str, Any] = {}
+
+    def keep(trainer: DCGRPOTrainer) -> None:
+        kept["trainer"] = trainer
+        kept["before"] = [p.detach().clone() for p in trainer.model.parameters()]
+
+    run = calibrate("--model_name_or_path", published, "--sync_rounding", rounding, "--problems", "32", fault=keep)
+    assert run.status == 0
+    grid, floor = run.found["grid"], run.found["floor"]
+    assert (grid["share"], grid["dtype"], grid["rounding"], grid["forward_rounds"]) == (
+        1.0,
+        "bfloat16",
+        rounding,
+        False,
+    )
+    assert grid["value"] == pytest.approx(run.found["passes"]["off_grid"]["metrics"]["prob_diff"]["mean"], rel=0.2)
+    assert 1.05 * floor["value"] < grid["value"] < 2 * floor["value"]
+    assert run.found["discrepancy_tolerance"] > 1.24 * grid["value"]
+    assert (
+        "floor off the grid" in run.found["reason"] and f"At step 0 it is {floor['value']:.3g}" in run.found["reason"]
+    )
+    assert "floor at step 0:" in run.output and "floor off the grid:" in run.output
+    print(f"{rounding}: {run.messages['rounding']}")  # docs/calibration.md quotes it: pytest -rP
+    assert run.statuses["rounding"] == {"nearest": "warn", "dither": "pass"}[rounding]
+    if rounding == "nearest":
+        assert "updates smaller than half a grid step will not reach the sampler" in run.messages["rounding"]
+        assert "sync_rounding='dither'" in run.output
+    # Put back to the bit, in the engine too.
+    trainer = kept["trainer"]
+    assert all(torch.equal(old, now) for old, now in zip(kept["before"], trainer.model.parameters(), strict=True))
+    served = trainer.vllm_generation.policy.state_dict()
+    assert all(torch.equal(served[n].float(), p) for n, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "share"),
+    [
+        ([], "bf16", 0.01),  # trained in float32: off the grid already
+        (["published"], None, 1.0),  # samples as trained
+        (["published", "--dtype", "bfloat16"], "bf16", 1.0),  # stays on the grid in training
+    ],
+)
+def test_where_the_floor_at_step_0_holds_no_other_is_measured(
+    calibrate: Any, published: str, flags: list[str], precision: str | None, share: float
+) -> None:
+    if flags[:1] == ["published"]:
+        flags = ["--model_name_or_path", published, *flags[1:]]
+    run = calibrate(*flags, "--problems", "8", precision=precision)
+    assert run.statuses["rounding"] == "pass" and run.found["grid"]["share"] == pytest.approx(share, abs=0.01)
+    assert run.found["grid"]["value"] is None and "off_grid" not in run.found["passes"]
+    assert "off the grid" not in run.found["reason"] and "floor:" in run.output
 
 
 def twice_quantised(trainer: DCGRPOTrainer) -> None:

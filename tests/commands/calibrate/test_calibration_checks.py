@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers of a calibration by hand: means and their errors, tables, verdicts, the tolerance, the picture."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from PIL import Image
 
 from dc_trl.commands.calibrate import checks, run, scores
 from dc_trl.commands.calibrate.checks import Plan
+from dc_trl.commands.calibrate.grid import Grid
 from dc_trl.commands.calibrate.measure import Measurement
+from dc_trl.commands.calibrate.nudge import OffGrid, count_on_grid
 from dc_trl.commands.calibrate.output import Calibration, as_json, as_text
 from dc_trl.commands.calibrate.picture import save_picture
-from dc_trl.commands.calibrate.scores import Scores
+from dc_trl.commands.calibrate.scores import Mean, Scores
 from dc_trl.discrepancy import METRICS, DiscrepancyMetric
 
 PLAN = Plan("prob_diff", "trajectory", 1.25, 8)
@@ -109,6 +112,64 @@ def test_the_tolerance_stands_above_the_noise() -> None:
     assert "three standard errors" in noisy.reason
     agreeing = checks.recommend(spread_out(1e-6, 0.0), plan)
     assert agreeing.tolerance is None and "constraint: none" in agreeing.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({}, "warn", "updates smaller than half a grid step will not reach the sampler"),
+        ({"rounding": "dither"}, "pass", "follows from the first update"),
+        ({"forward_rounds": True}, "pass", "both lag behind"),
+        ({"integers": True}, "pass", "weights on a tie flip together"),
+        ({"share": 0.5}, "pass", "50.0% of the weights lie on the bfloat16 grid: the floor is that of the run"),
+        ({"rounding": None}, "pass", "no sync will round them off it"),
+    ],
+)
+def test_a_floor_on_the_grid_is_judged_by_how_the_sync_rounds(
+    changes: dict[str, Any], status: str, words: str
+) -> None:
+    fields = {"share": 1.0, "dtype": "bfloat16", "rounding": "nearest", "forward_rounds": False, "integers": False}
+    verdict = checks.check_grid(Grid(**(fields | changes)), Mean(0.004, 0.0001, 0.001), Mean(0.005, 0.0001, 0.001))
+    assert (verdict.status, bool(verdict.remedy)) == (status, status == "warn")
+    assert words in verdict.message
+    assert checks.check_grid(None, Mean(0.0, 0.0, 0.0), None).status == "not run"
+
+
+def test_the_tolerance_is_that_of_the_floor_that_holds() -> None:
+    plan = Plan("logprob_diff", "trajectory", 1.25, 4)
+    step_0, off_grid = spread_out(0.04, 0.001), spread_out(0.08, 0.001)
+    nearest = Grid(1.0, "bfloat16", "nearest", False, False)
+    found = Measurement(step_0, step_0, step_0, grid=nearest, off_grid=off_grid)
+    chosen = checks.conclude(found, plan, [])
+    assert chosen.tolerance == 0.1 and "The floor off the grid 0.08 times" in chosen.reason
+    assert "At step 0 it is 0.04" in chosen.reason and "neither will" in chosen.reason
+    # Off the grid it is no larger: the one that was measured twice stands.
+    lower = Measurement(off_grid, off_grid, off_grid, grid=nearest, off_grid=step_0)
+    assert checks.conclude(lower, plan, []) == checks.recommend(off_grid, plan)
+    dithered = dataclasses.replace(nearest, rounding="dither")
+    assert "neither" not in checks.conclude(dataclasses.replace(found, grid=dithered), plan, []).reason
+
+
+def test_weights_leave_the_grid_by_half_a_step_at_most_and_come_back() -> None:
+    for dtype, bits in ((torch.bfloat16, 7), (torch.float16, 10)):
+        model = torch.nn.Linear(64, 64)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+            model.weight[0, 0] = 0.0
+            model.weight[0, 1] = 1.0
+        model.bias.requires_grad_(False)  # frozen weights leave it too
+        before = [p.detach().clone() for p in model.parameters()]
+        assert count_on_grid(model, dtype) == (64 * 64 + 64,) * 2
+        weights = OffGrid(model, 0, dtype)
+        weights.apply()
+        for old, now in zip(before, model.parameters(), strict=True):
+            step = torch.exp2(torch.floor(torch.log2(old.abs().clamp(min=1e-30)))) * 2.0**-bits
+            moves = ((now.detach() - old) / step)[old != 0]
+            assert moves.abs().max() <= 0.501 and (len(moves) < 100 or abs(float(moves.std()) - 12**-0.5) < 0.01)
+        assert model.weight[0, 0] == 0.0 and count_on_grid(model, dtype)[0] < 20
+        weights.undo()
+        assert all(torch.equal(old, now) for old, now in zip(before, model.parameters(), strict=True))
 
 
 def test_few_problems_are_warned_about() -> None:
