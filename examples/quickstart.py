@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from transformers.utils.logging import disable_progress_bar
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
-from dc_trl.estimators.advantage import CONSTRAINTS
+from dc_trl.constraint import CONSTRAINTS
 from dc_trl.rollouts.precisions import PRECISIONS
 from dc_trl.tasks.data import BOXED_TEMPLATE, load_math_dataset
 from dc_trl.tasks.rewards import MathAccuracyReward
