@@ -11,6 +11,7 @@ from dc_trl.constraint import CONSTRAINTS, DISCREPANCY_LEVELS
 from dc_trl.discrepancy import DISCREPANCY_METRICS
 from dc_trl.length_decay import check_factor, check_min_ratio, check_period
 from dc_trl.rollouts.engines import BACKENDS, engine_of
+from dc_trl.rollouts.engines.base import Engine
 from dc_trl.rollouts.precisions import PRECISIONS
 from dc_trl.rollouts.sampling_options import ANY_ENGINE, IN_PROCESS, VLLM, check_decoding, objection
 
@@ -128,6 +129,11 @@ class DCGRPOConfig(GRPOConfig):
     )
 
     @property
+    def _engine(self) -> Engine:
+        """The engine that these settings choose."""
+        return engine_of(vars(self))
+
+    @property
     def extra_sampling_parameters(self) -> dict[str, Any]:
         """`generation_kwargs` as the dict that TRL makes of it."""
         return self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
@@ -149,7 +155,7 @@ class DCGRPOConfig(GRPOConfig):
             self._set_up_rloo()
         if self.zero_variance_groups == "drop":
             self._check_dropping()
-        if self.constraint != "none" or self.rollout_backend == "transformers":
+        if self.constraint != "none" or self._engine.copies_policy:
             self._check_sampling()
         if self.constraint != "none":
             self._check_loss()
@@ -192,8 +198,8 @@ class DCGRPOConfig(GRPOConfig):
             )
 
     def _check_rollouts(self) -> None:
-        engine_of(vars(self)).check_config(self)
-        if self.rollout_backend == "vllm" and self.rollout_precision is not None:
+        self._engine.check_config(self)
+        if self.rollout_precision is not None and not self._engine.copies_policy:
             raise ValueError(
                 f"`rollout_precision` is {self.rollout_precision!r} with vLLM, which takes its precision from the "
                 "server's or engine's own start-up options (for example `--quantization fp8`). Leave it unset, or "
@@ -213,9 +219,8 @@ class DCGRPOConfig(GRPOConfig):
 
     def _check_vespo(self) -> None:
         """TRL's own check of its correction, for the engines that TRL does not build and so does not check."""
-        unseen = self.rollout_backend == "transformers" or self.weight_sync == "disk"
         mode = self.vllm_importance_sampling_mode
-        if self.loss_type != "vespo" or not (unseen and self.vllm_importance_sampling_correction):
+        if self.loss_type != "vespo" or not (self._engine.is_ours and self.vllm_importance_sampling_correction):
             return
         if mode not in ("token_truncate", "token_mask"):
             raise ValueError(
@@ -228,7 +233,7 @@ class DCGRPOConfig(GRPOConfig):
         colocated = self.use_vllm and self.vllm_mode == "colocate"
         refused = {
             "use_vllm": (
-                self.rollout_backend == "vllm" and not self.use_vllm,
+                not self._engine.gives_log_probs,
                 "TRL's `transformers.generate` records no experts",
                 "`rollout_backend='transformers'`",
             ),
@@ -289,7 +294,7 @@ class DCGRPOConfig(GRPOConfig):
 
         The in-process engine can sample from no other, whatever the constraint.
         """
-        in_process = self.rollout_backend == "transformers"
+        in_process = self._engine.copies_policy
         engine = IN_PROCESS if in_process else VLLM if self.use_vllm else ANY_ENGINE
         cause = "`rollout_backend='transformers'`" if in_process else f"`constraint={self.constraint!r}`"
         settings = {"temperature": self.temperature, "max_completion_length": self.completion_limit}

@@ -143,8 +143,13 @@ class DCGRPOTrainer(RouterReplayTrainer):
             self.vllm_generation = engine.build(self, args)
         self._handle_dropout()
         if args.length_decay:
-            names = ("length_decay_period", "length_decay_factor", "length_decay_min_lr_ratio", "length_surge_ratio")
-            self.add_callback(LengthDecayCallback(*(getattr(args, name) for name in names)))
+            decay = LengthDecayCallback(
+                period=args.length_decay_period,
+                surge_factor=args.length_decay_factor,
+                min_lr_ratio=args.length_decay_min_lr_ratio,
+                surge_ratio=args.length_surge_ratio,
+            )
+            self.add_callback(decay)
         self.add_callback(RunLogCallback({"rounding_in_force": self._sync_rounding}))
 
     def _handle_dropout(self) -> None:

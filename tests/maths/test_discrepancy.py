@@ -16,6 +16,7 @@ from dc_trl.discrepancy import (
     mean_discrepancy,
     metrics,
     summarise,
+    summary,
     token_discrepancy,
     valid_tokens,
 )
@@ -191,3 +192,24 @@ def test_kept_mean_and_penalty_share() -> None:
     assert values["discrepancy_kept/mean"].item() == pytest.approx((0.1 + 0.0 + 0.1) / 3)
     assert values["masked_fraction"].item() == pytest.approx(0.25)
     assert values["penalty_share"].item() == pytest.approx(0.2 / 3.0)  # 4 · 0.05 over 2 · 1 + 2 · 0.5
+
+
+@pytest.mark.parametrize("names", ["SUMS", "MAXIMA"])
+def test_a_name_without_its_value_is_an_error(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, names, (*getattr(summary, names), "forgotten"))
+    with pytest.raises(KeyError, match="lacks .'forgotten'."):
+        summary.summarise(LOG, MU, ONES)
+
+
+def test_a_value_without_a_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "SUMS", tuple(name for name in summary.SUMS if name != "pi_mu"))
+    with pytest.raises(KeyError, match="has .'pi_mu'., which no reduction"):
+        summary.summarise(LOG, MU, ONES)
+
+
+def test_every_part_comes_back_under_its_name() -> None:
+    parts = summary.named(summary.summarise(LOG, MU, ONES))
+    assert set(parts) == {*summary.SUMS, *summary.MAXIMA, summary.HISTOGRAM}
+    assert parts["valid"] == 4 and parts["trajectories"] == 2 and parts["tokens"] == 4
+    assert parts["discrepancy"].item() == pytest.approx(0.1 + 0.05 + 0.0 + 0.1)
+    assert parts["discrepancy_max"].item() == pytest.approx(0.1) and parts[summary.HISTOGRAM].sum() == 4

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_log import LOG_FILE, Run, read_run
 from dc_trl.rollouts.deployed import save_deployed
+from dc_trl.rollouts.engines import engine_of
 from dc_trl.rollouts.handover import Handover
 from dc_trl.rollouts.precisions import CAST_DTYPES, PRECISIONS
 from dc_trl.rollouts.rounding import Dither
@@ -55,7 +56,7 @@ def read_deployment(folder: Path, precision: str | None, rounding: str | None, s
     run = _run_of(folder)
     settings: dict[str, Any] = {} if run is None else run.settings
     where = f"{folder} has no {LOG_FILE}, and the folder above it has none" if run is None else str(run.source)
-    in_process = settings.get("rollout_backend") == "transformers"
+    in_process = engine_of(settings).copies_policy
     sampled = settings.get("rollout_precision") if in_process else None
     precision = precision or sampled
     if precision is None:
