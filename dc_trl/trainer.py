@@ -55,7 +55,7 @@ class DCGRPOTrainer(GroupEstimatorsTrainer):
     - `_calculate_rewards`, `_prepare_inputs`: rewards and micro-batches, for these (in `GroupEstimatorsTrainer`)
     - `_compute_loss` and, while it runs, `_get_per_token_logps_and_entropies`: its log-probs are π, from which penalty
       and importance ratio are filled in between forward and loss. It reads `advantages`, (B,) or (B, T), and
-      `importance_sampling_ratio` after that forward.
+      `importance_sampling_ratio` after that forward. A ragged batch takes one forward for each of its parts.
     - `training_step`, `evaluation_loop`: where a generation batch, or an evaluation, ends
     - `log`: metrics of length-decay and of the gradient norm
     - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`: state
