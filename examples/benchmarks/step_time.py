@@ -49,15 +49,16 @@ class ReplayEngine:
 
 
 class Clock(TrainerCallback):
-    """Wall seconds of each step, from its first forward to its optimizer step."""
+    """Seconds of each step, from its first forward to its optimizer step: wall clock, or the processor's."""
 
-    def __init__(self) -> None:
+    def __init__(self, processor: bool) -> None:
         self.seconds: list[float] = []
+        self.clock = time.process_time if processor else time.perf_counter
 
     def _now(self) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock. The rollouts are scored within the step."""
@@ -126,8 +127,8 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def time_steps(arm: str, options: argparse.Namespace, directory: str) -> list[float]:
-    """Wall seconds of each step of one run, the first left out."""
-    trainer, clock = build_trainer(arm, options, directory), Clock()
+    """Seconds of each step of one run, the first left out."""
+    trainer, clock = build_trainer(arm, options, directory), Clock(options.cpu_time)
     trainer.add_callback(clock)
     trainer.train()
     return clock.seconds[1:]
@@ -135,7 +136,7 @@ def time_steps(arm: str, options: argparse.Namespace, directory: str) -> list[fl
 
 def time_constraint(options: argparse.Namespace, directory: str) -> float:
     """Share of a DC-GRPO step spent on the constraint and all of its metrics."""
-    trainer, clock, spent = build_trainer("dc-grpo", options, directory), Clock(), []
+    trainer, clock, spent = build_trainer("dc-grpo", options, directory), Clock(options.cpu_time), []
     for name in ("_constrain", "_finish_iteration"):
         method = getattr(trainer, name)
 
@@ -173,6 +174,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--bf16", action="store_true", help="weights in bfloat16")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--cpu-time", action="store_true", help="processor's seconds, for a machine with other load")
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

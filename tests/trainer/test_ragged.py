@@ -10,27 +10,25 @@ from runs import dc_trainer, logged, replayed_rollouts, weights
 from tiny import tiny_model
 
 from dc_trl.training import ragged
-from dc_trl.training.ragged import partition, score_in_parts
+from dc_trl.training.ragged import partition, score_in_parts, tokens_of_a_part
 
 LENGTHS = [40, 1, 39, 2, 0, 10, 11, 9]
 PROMPT, COMPLETION = 3, 40
 
 
-def test_parts_are_rows_of_like_length_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ragged, "TOKENS_OF_A_PART", 10)
+def test_parts_are_rows_of_like_length_where_it_pays() -> None:
+    lengths = [40, 1, 39, 2, 1, 10, 11, 9]
     # Whole: 8 x 43 + 10 = 354. In two: 4 x (43 + 13) + 20 = 244, in three: 3 x 43 + 3 x 13 + 2 x 4 + 30 = 206 and in
     # four: 2 x (43 + 14 + 12 + 4) + 40 = 186.
-    assert partition([40, 1, 39, 2, 1, 10, 11, 9], PROMPT) == [[0, 2], [6, 5], [7, 3], [1, 4]]
-    monkeypatch.setattr(ragged, "TOKENS_OF_A_PART", 25)
-    # 8 x 43 + 25 = 369, 4 x 56 + 50 = 274, 176 + 75 = 251, 146 + 100 = 246; at 31: 375, 286, 269, 270.
-    assert len(partition([40, 1, 39, 2, 1, 10, 11, 9], PROMPT)) == 4
-    monkeypatch.setattr(ragged, "TOKENS_OF_A_PART", 31)
-    assert partition([40, 1, 39, 2, 1, 10, 11, 9], PROMPT) == [[0, 2, 6], [5, 7, 3], [1, 4]]
+    assert partition(lengths, PROMPT, cost=10) == [[0, 2], [6, 5], [7, 3], [1, 4]]
+    # 375, 286, 269, 270 and then 1344, 2224, 3176, 4146.
+    assert partition(lengths, PROMPT, cost=31) == [[0, 2, 6], [5, 7, 3], [1, 4]]
+    assert len(partition(lengths, PROMPT, cost=1000)) == 1
 
 
 @pytest.mark.parametrize(("lengths", "prompt"), [([64] * 64, 32), ([7], 5), ([9, 8, 7, 6], 3), ([96] * 63 + [1], 8)])
 def test_even_and_small_batches_stay_whole(lengths: list[int], prompt: int) -> None:
-    assert len(partition(lengths, prompt)) == 1
+    assert len(partition(lengths, prompt, tokens_of_a_part(torch.device("cpu")))) == 1
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +53,8 @@ def test_parts_give_the_log_probs_entropies_and_gradients_of_the_whole(
         widths.append(ids.shape[1])
         return super(type(trainer), trainer)._get_per_token_logps_and_entropies(model, ids, mask, keep, **options)
 
-    def run(tokens_of_a_part: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        monkeypatch.setattr(ragged, "TOKENS_OF_A_PART", tokens_of_a_part)
+    def run(cost: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(ragged, "tokens_of_a_part", lambda device: cost)
         trainer.model.zero_grad()
         options = {"compute_entropy": True, "compute_aux_loss": False}
         logps, entropies, auxiliary = score_in_parts(score, trainer.model, ids, mask, COMPLETION, **options)
@@ -83,8 +81,8 @@ def test_a_run_in_parts_trains_and_measures_as_a_whole_one(tmp_path: Path, monke
 
     monkeypatch.setattr(ragged, "partition", recording)
 
-    def run(tokens_of_a_part: int) -> Any:
-        monkeypatch.setattr(ragged, "TOKENS_OF_A_PART", tokens_of_a_part)
+    def run(cost: int) -> Any:
+        monkeypatch.setattr(ragged, "tokens_of_a_part", lambda device: cost)
         options = {"constraint": "fixed", "multiplier_init": 1.0, "optim": "sgd", "learning_rate": 0.1}
         trainer = dc_trainer(
             tmp_path, rollout_func=replayed_rollouts(length=8), gradient_accumulation_steps=2, **options
