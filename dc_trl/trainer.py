@@ -62,7 +62,8 @@ class DCGRPOTrainer(RouterReplayTrainer):
       `GroupEstimatorsTrainer`)
     - `_compute_loss`, `_get_per_token_logps_and_entropies`: while the loss is computed, the log-probs of its forward
       are π, from which penalty and importance ratio are filled in between forward and loss. It reads `advantages`,
-      (B,) or (B, T), and `importance_sampling_ratio` after that forward. A ragged batch takes one for each of its parts.
+      (B,) or (B, T), and `importance_sampling_ratio` after that forward. A ragged batch takes one forward for each of
+      its parts.
     - `training_step`, `evaluation_loop`, `_step`, `_metrics`: where a generation batch, or an evaluation, ends;
       the end of the first is also that of the backward, up to which router replay holds
     - `create_optimizer`, `optimizer`: float32 masters of weights in bf16, where trainer and sampler share one rounding
