@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each rule rejects: counts that add up over micro-batches and ranks, and the fractions made of them.
+
+Shapes: B sequences, T completion tokens, R verdicts.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_TOTALS = 2  # valid tokens, sequences with a valid token
+
+
+def rejection_counts(kept: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+    """Counts of one micro-batch; those of micro-batches and ranks are merged by adding them.
+
+    Args:
+        kept: (B, T) bool by name, e.g. the second result of `dc_trl.rejection.reject`; R of them.
+        valid: (B, T) bool, the tokens that the rules judged.
+
+    Returns:
+        (2 + 2 R,) int64: valid tokens, sequences that have one, and for each name the valid tokens that are rejected
+        and the sequences that lose at least one.
+    """
+    counts = [valid.sum(), valid.any(-1).sum()]
+    for verdict in kept.values():
+        rejected = valid & ~verdict
+        counts += [rejected.sum(), rejected.any(-1).sum()]
+    return torch.stack(counts)
+
+
+def rejection_metrics(counts: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Fractions of what was valid, as scalars in [0, 1]; NaN if nothing was.
+
+    Args:
+        counts: (2 + 2 R,), of `rejection_counts`, added up.
+        names: the R names, in the order of `kept`.
+
+    Returns:
+        For each name `rejection/<name>`, the fraction of tokens that are rejected, and `rejection/<name>/sequences`,
+        of sequences that lose at least one: for a rule of sequences, all of it.
+    """
+    counts = counts.double() if counts.device.type != "mps" else counts.float()
+    tokens, sequences = counts[:_TOTALS]
+    values = {}
+    for name, (lost, touched) in zip(names, counts[_TOTALS:].view(-1, 2), strict=True):
+        values[f"rejection/{name}"] = lost / tokens
+        values[f"rejection/{name}/sequences"] = touched / sequences
+    return values
