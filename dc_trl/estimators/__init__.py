@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the policy gradient is estimated from samples of another engine: advantages of groups, importance weights."""
+"""How the policy gradient is estimated from samples of another engine: advantages of groups, weights, rejection."""

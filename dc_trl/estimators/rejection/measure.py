@@ -16,7 +16,7 @@ def rejection_counts(kept: Mapping[str, Tensor], valid: Tensor) -> Tensor:
     """Counts of one micro-batch; those of micro-batches and ranks are merged by adding them.
 
     Args:
-        kept: (B, T) bool by name, e.g. the second result of `dc_trl.rejection.reject`; R of them.
+        kept: (B, T) bool by name, e.g. the second result of `dc_trl.estimators.rejection.reject`; R of them.
         valid: (B, T) bool, the tokens that the rules judged.
 
     Returns:

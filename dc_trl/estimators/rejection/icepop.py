@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from dc_trl.rejection.rule import Bound, RejectionInputs, RejectionRule, log_ratio, tokens
+from dc_trl.estimators.rejection.rule import Bound, RejectionInputs, RejectionRule, log_ratio, tokens
 
 
 def icepop(inputs: RejectionInputs, *, low: float, high: float) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from dc_trl.callbacks import LengthDecayCallback
-from dc_trl.ess_rate import ess_rate_scale
-from dc_trl.ess_rate_callback import ESS_KEY, EssRateCallback
 from dc_trl.length_decay import length_decay_scale
+from dc_trl.training.ess_rate import ess_rate_scale
+from dc_trl.training.ess_rate_callback import ESS_KEY, EssRateCallback
+from dc_trl.training.length_decay_callback import LengthDecayCallback
 
 RATES = (1e-3, 4e-4)  # two parameter groups
 SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine"]

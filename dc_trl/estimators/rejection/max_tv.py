@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from dc_trl.rejection.rule import Bound, RejectionInputs, RejectionRule, probability_shift, sequences
+from dc_trl.estimators.rejection.rule import Bound, RejectionInputs, RejectionRule, probability_shift, sequences
 
 
 def max_tv(inputs: RejectionInputs, *, high: float) -> Tensor:

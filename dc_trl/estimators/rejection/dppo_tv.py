@@ -3,7 +3,14 @@
 
 from torch import Tensor
 
-from dc_trl.rejection.rule import Bound, RejectionInputs, RejectionRule, drifts_away, probability_shift, tokens
+from dc_trl.estimators.rejection.rule import (
+    Bound,
+    RejectionInputs,
+    RejectionRule,
+    drifts_away,
+    probability_shift,
+    tokens,
+)
 
 
 def dppo_tv(inputs: RejectionInputs, *, high: float) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dc_trl.drpo import drpo_weight
+from dc_trl.estimators.drpo import drpo_weight
 
 VALID = torch.tensor([[True, True, True, False]])
 # π − μ: 0.25, −0.2, 0, and a token that does not count.

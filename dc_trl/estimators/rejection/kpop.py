@@ -4,8 +4,8 @@
 import torch
 from torch import Tensor
 
-from dc_trl.rejection.binary_kl import binary_kl
-from dc_trl.rejection.rule import Bound, RejectionInputs, RejectionRule, tokens
+from dc_trl.estimators.rejection.binary_kl import binary_kl
+from dc_trl.estimators.rejection.rule import Bound, RejectionInputs, RejectionRule, tokens
 
 
 def kpop(inputs: RejectionInputs, *, high: float) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EssRateCallback: `dc_trl.ess_rate` as a callback for any trainer that logs `dc/ess`, or calls `observe`."""
+"""EssRateCallback: `dc_trl.training.ess_rate` as a callback for any trainer that logs `dc/ess`, or calls `observe`."""
 
 import logging
 from typing import Any, cast
@@ -7,8 +7,8 @@ from typing import Any, cast
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dc_trl.ess_rate import EssRate
 from dc_trl.length_decay import RateScaler
+from dc_trl.training.ess_rate import EssRate
 
 logger = logging.getLogger(__name__)
 

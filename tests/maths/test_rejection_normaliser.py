@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dc_trl.rejection.normaliser import LOSS_TYPES, divisor_counts, kept_weights, shared_factor
+from dc_trl.estimators.rejection.normaliser import LOSS_TYPES, divisor_counts, kept_weights, shared_factor
 
 MAX_LENGTH = 7
 

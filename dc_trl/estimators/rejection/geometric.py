@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from dc_trl.discrepancy import trajectory_mean
-from dc_trl.rejection.rule import Bound, RejectionInputs, RejectionRule, log_ratio, sequences
+from dc_trl.estimators.rejection.rule import Bound, RejectionInputs, RejectionRule, log_ratio, sequences
 
 
 def geometric(inputs: RejectionInputs, *, low: float, high: float) -> Tensor:

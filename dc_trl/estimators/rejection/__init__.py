@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dc_trl.rejection import dppo_kl, dppo_tv, geometric, icepop, kpop, max_tv, token_veto
-from dc_trl.rejection.rule import Bound, RejectionInputs, RejectionRule
+from dc_trl.estimators.rejection import dppo_kl, dppo_tv, geometric, icepop, kpop, max_tv, token_veto
+from dc_trl.estimators.rejection.rule import Bound, RejectionInputs, RejectionRule
 
 __all__ = ["RULES", "Bound", "RejectionInputs", "RejectionRule", "reject", "resolve_bounds"]
 

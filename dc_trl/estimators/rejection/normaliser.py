@@ -23,7 +23,7 @@ def kept_weights(kept: Tensor, mask: Tensor, loss_type: str) -> Tensor:
     """What multiplies each token's advantage: 0 where rejected, else the local divisor over what is left of it.
 
     Args:
-        kept: (B, T) bool, of `dc_trl.rejection.reject`.
+        kept: (B, T) bool, of `dc_trl.estimators.rejection.reject`.
         mask: (B, T), the tokens of the loss before rejection.
         loss_type: TRL's.
 

@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from dc_trl.rejection.rule import Bound, RejectionInputs, RejectionRule, log_ratio, sequences
+from dc_trl.estimators.rejection.rule import Bound, RejectionInputs, RejectionRule, log_ratio, sequences
 
 
 def token_veto(inputs: RejectionInputs, *, low: float) -> Tensor:
