@@ -102,8 +102,9 @@ def test_a_run_in_parts_trains_and_measures_as_a_whole_one(tmp_path: Path, monke
     [
         ({}, {"constraint": "none"}),
         ({"arch": "qwen3_moe", "output_router_logits": True}, {"router_aux_loss_coef": 0.1}),
+        ({"arch": "qwen3_moe"}, {"router_replay": True}),
     ],
-    ids=["none", "router-loss"],
+    ids=["none", "router-loss", "router-replay"],
 )
 def test_what_belongs_together_stays_whole(
     tmp_path: Path, model: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
