@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from places import SUPPORT
+from vllm_process import free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -19,7 +20,11 @@ def run(directory: Path, **engine: Any) -> dict[str, Any]:
     """What vllm_colocate_run.py reports, with these arguments of the engine."""
     # A process of its own: vLLM initialises torch.distributed and does not give it back.
     script = SUPPORT / "vllm_colocate_run.py"
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "MASTER_PORT": str(free_port()),  # torch's own, 29500, may be another test's
+    }
     command = [sys.executable, str(script), str(directory), json.dumps(engine)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
