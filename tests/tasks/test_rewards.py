@@ -136,10 +136,10 @@ def test_an_interrupt_is_the_parents_business(reward: MathAccuracyReward) -> Non
     assert reward(["Answer: 34"], ["34"]) == [1.0]  # a worker runs
     idle = reward._idle
     assert idle is not None
-    worker = idle.get()
-    idle.put(worker)
-    process = worker._process
-    assert process is not None
+    workers = [idle.get() for _ in range(reward.workers)]  # by turns, so the one that runs may be any of them
+    for worker in workers:
+        idle.put(worker)
+    process = next(worker._process for worker in workers if worker._process is not None)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
