@@ -4,14 +4,12 @@
 import inspect
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -20,33 +18,22 @@ from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
 from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
 from dc_trl.estimators.importance import ImportanceSampling
-from dc_trl.records.card import model_card
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.token_log import TokenLog
-from dc_trl.rollouts import deployed
-from dc_trl.rollouts.engines import check_log_prob_source, check_route_source, engine_of
-from dc_trl.rollouts.rollout_func import describe_faults, faulty_rows
-from dc_trl.rollouts.sync_rounding import rounding_in_force
+from dc_trl.rollouts.engines import check_log_prob_source, check_route_source
 from dc_trl.step import Step, constrain
 from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
-from dc_trl.training.one_rounding import one_rounding
 from dc_trl.training.ragged import score_in_parts
-from dc_trl.training.replay_trainer import RouterReplayTrainer
-from dc_trl.training.state import measured_with, restore, write_state
-
-logger = logging.get_logger(__name__)
-
-# TRL's word for an engine whose weights are those of no step.
-NOT_LOADED = -1
+from dc_trl.training.saving_trainer import SavingTrainer
 
 # Above this share of the advantage, the penalty is part of what the policy learns, not a nudge. Our value.
 NOTABLE_PENALTY_SHARE = 0.1
 
 
-class DCGRPOTrainer(RouterReplayTrainer):
+class DCGRPOTrainer(SavingTrainer):
     """GRPO under a discrepancy constraint: DC-GRPO (arXiv 2606.08779) on TRL's [`~trl.GRPOTrainer`].
 
     Takes the arguments of `GRPOTrainer`; `args` is a [`DCGRPOConfig`]. With `constraint="none"` it trains exactly as
@@ -127,21 +114,8 @@ class DCGRPOTrainer(RouterReplayTrainer):
         self._instruments = Instruments()
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
         self.step_observers: list[Callable[[dict[str, Any], Step], None]] = [self._measure, self._log_tokens]
-        self._said: set[str] = set()
-        self._faulty_rows: dict[int, str] = {}  # of the last `rollout_func`'s output
         self._rollout_lengths: list[float] = []  # of the optimizer step at hand
-        self._engine = engine = engine_of(vars(args))
-        hidden = temporary_attributes(args, use_vllm=args.use_vllm and not engine.is_ours)
-        with hidden, engine.construction(args):
-            super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        if engine.is_ours:
-            self.use_vllm = True
-            self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"
-            self._last_loaded_step = NOT_LOADED
-        # Before the engine is built, which copies the dtypes of the model.
-        self._one_rounding = one_rounding(args, self.model, self.accelerator)
-        if self.use_vllm:
-            self.vllm_generation = engine.build(self, args)
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._handle_dropout()
         if args.length_decay:
             decay = LengthDecayCallback(
@@ -173,10 +147,6 @@ class DCGRPOTrainer(RouterReplayTrainer):
         return next(found, None)
 
     @property
-    def _sync_rounding(self) -> str | None:
-        return rounding_in_force(getattr(self, "vllm_generation", None), self.args, self.accelerator)
-
-    @property
     def discrepancy_tolerance(self) -> float | None:
         """Tolerance in use, in units of the discrepancy metric; None while it is being calibrated. Can be set."""
         return self._constraint.tolerance.value
@@ -187,50 +157,15 @@ class DCGRPOTrainer(RouterReplayTrainer):
 
     # Scoring
 
-    def _generate(self, prompts: list[Any]) -> Any:
-        self._faulty_rows = {}
-        if self.rollout_func is None:
-            return super()._generate(prompts)
-        with temporary_attributes(self, rollout_func=partial(self._checked_rollouts, self.rollout_func)):
-            return super()._generate(prompts)
-
-    def _checked_rollouts(self, rollout_func: Callable[..., Any], prompts: list[Any], trainer: Any) -> Any:
-        """The output of the user's `rollout_func`, whose faulty log-probs end a run that has a constraint."""
-        output = rollout_func(prompts, trainer)
-        self._faulty_rows = faulty_rows(output)
-        if self._faulty_rows:
-            words = describe_faults(self._faulty_rows)
-            if self.args.constraint != "none":
-                raise ValueError(f"{words}; or set `constraint='none'`, where such rows train but are not measured.")
-            self._say_once([("rollout_func", f"{words}. These rows train as with TRL, and are not measured.")])
-        return output
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL's correction costs a second forward here; the loss forward gives the same log-probs for nothing.
         correction = self.vllm_importance_sampling_correction and self.args.constraint == "none"
         with temporary_attributes(self, vllm_importance_sampling_correction=correction):
             batch = super()._generate_and_score_completions(inputs)
-        self._note_sync("train" if self.model.training else "eval")
-        if self.args.constraint != "none" and "sampling_per_token_logps" not in batch:
-            raise ValueError(
-                f"The rollouts carry no log-probs, which `constraint={self.args.constraint!r}` needs. Return "
-                "`logprobs` from `rollout_func`, use another rollout engine, or set `constraint='none'`."
-            )
-        if self._faulty_rows:
-            batch["measured_logps"] = _without_rows(batch, list(self._faulty_rows))
         if self._length_decay is not None and self.model.training:
             # Once a generation batch, whatever `logging_steps` is; gathered by TRL, so the same on every rank.
             self._rollout_lengths.append(self._metrics["train"]["completions/mean_length"][-1])
         return batch
-
-    def _note_sync(self, mode: str) -> None:
-        """Puts what the last weight sync brought, once, among the metrics."""
-        engine: Any = getattr(self, "vllm_generation", None)
-        measured = getattr(engine, "sync_metrics", None)
-        if measured:
-            for key, value in measured.items():
-                self._metrics[mode][f"dc/sync/{key}"].append(value)
-            engine.sync_metrics = {}
 
     # Loss
 
@@ -306,59 +241,13 @@ class DCGRPOTrainer(RouterReplayTrainer):
         if self._token_log is not None and self.model.training and self._first_use:
             self._token_log.add(inputs, step)
 
-    def _check_train_logps(self, logps: Tensor, train_logps: Tensor, completion_mask: Tensor) -> None:
-        """Stops a step whose gradient is NaN before it reaches the weights.
-
-        transformers logs such a loss as 0, and the checkpoints that follow push the good ones out.
-
-        Args:
-            logps, train_logps: the loss forward's log-probs, and those that stand for π, (B, T).
-            completion_mask: (B, T). Tool tokens count here: their NaN times a mask of 0 is NaN.
-
-        Raises:
-            FloatingPointError: a log-prob of the training engine's is not finite. Said once instead with fp16, where
-                the loss scaler skips the step, and with `constraint="none"`, which trains on as TRL does.
-        """
-        broken = int((completion_mask.bool() & ~(logps.isfinite() & train_logps.isfinite())).sum())
-        if not broken:
-            return
-        message = (
-            f"{broken} log-probs of the training engine are NaN or infinite at step {self.state.global_step}, so the "
-            "gradient is NaN, and the weights will be. Weights or activations overflowed: go back to the last "
-            "checkpoint and lower `learning_rate`, or train in bf16 or float32"
-        )
-        if self.args.constraint != "none" and not self.args.fp16:
-            raise FloatingPointError(f"{message}. `constraint='none'` trains on, as TRL does.")
-        self._say_once([("non-finite", f"{message}.")])
-
-    # Runs
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as TRL does, from fresh rollouts: what an earlier run of this trainer left is dropped."""
-        self._forget_rollouts()
-        with self._engine.in_use(self):
-            return super().train(*args, **kwargs)
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Creates the optimizer as TRL does; where trainer and sampler share one rounding, with float32 masters."""
-        self.optimizer: Any = super().create_optimizer(model)
-        if self._one_rounding is not None:
-            self.optimizer = self._one_rounding.wrap(self.optimizer, self.model, self.accelerator)
-        return self.optimizer
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._last_loaded_step = NOT_LOADED
+    # Iterations and logs
 
     def _forget_rollouts(self) -> None:
-        """Drops what is current by the number of the step alone, which starts again with each run."""
-        self._last_loaded_step = NOT_LOADED
-        self._step, self._buffered_inputs = 0, None
+        super()._forget_rollouts()
         self._instruments.discard()
         if self._token_log is not None:
             self._token_log.discard()
-
-    # Iterations and logs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trains on one micro-batch as TRL does; at the end of an iteration, logs and steps the dual variable."""
@@ -382,8 +271,7 @@ class DCGRPOTrainer(RouterReplayTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as TRL does; the discrepancy is reduced once, over all batches."""
-        with self._engine.in_use(self):
-            output = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         self._finish_iteration("eval")
         return output
 
@@ -410,12 +298,6 @@ class DCGRPOTrainer(RouterReplayTrainer):
                 notices.append(("dropout", f"dropout is on {describe_dropout(self._dropout)}, which `dc/*` measures."))
             self._say_once(notices)
 
-    def _say_once(self, notices: list[tuple[str, str]]) -> None:
-        for topic, message in notices:
-            if topic not in self._said and self.accelerator.is_main_process:
-                logger.warning("DC-GRPO: %s", message)
-            self._said.add(topic)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as TRL does, with `dc/grad_norm_smoothed` and `length_decay/*` added to training logs."""
         if self.model.training and "grad_norm" in logs:
@@ -428,66 +310,3 @@ class DCGRPOTrainer(RouterReplayTrainer):
         if self._token_log is not None and self.model.training:
             writer = self._tokenizer.decode if self.is_world_process_zero() else None
             self._token_log.write(self.state.global_step, gather_object, writer)
-
-    # State and card
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            state = (self.discrepancy_tolerance, self.dual.value, self._sync_rounding, self.state.log_history)
-            model_card.complete(Path(str(self.args.output_dir)), self.args, *state)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves as TRL does; a checkpoint also gets λ, tolerance, calibration, and the card."""
-        super().save_model(output_dir, _internal_call)
-        # transformers pushes a checkpoint at the end of `_save_checkpoint`, so what it is to hold is written here.
-        if _internal_call and output_dir is not None and self.args.should_save:
-            state = self._constraint.state_dict() | {"instruments": self._instruments.state_dict()}
-            write_state(Path(output_dir), state | {"measured_with": measured_with(self)})
-            deployed.save_sync_state(getattr(self, "vllm_generation", None), Path(output_dir))
-            model_card.copy_card(Path(str(self.args.output_dir)), Path(output_dir))
-
-    def save_deployed(self, path: str | Path) -> None:
-        """Saves model and tokenizer with the weights as they sample: in the sampler's precision, rounded as at a sync.
-
-        `save_model` keeps the weights in training, in their own precision. Rounding those to nearest, for deployment
-        in bf16, would put most weights back where they were before the training; this keeps what was learnt. Quantised
-        precisions are saved dequantised, in the dtype in which they are multiplied. A collective: call it on every
-        process.
-
-        Args:
-            path: a directory, made if it is not there.
-
-        Raises:
-            ValueError: no engine with weights of its own samples in this run.
-        """
-        engine = getattr(self, "vllm_generation", None)
-        if not hasattr(engine, "deployed_weights"):
-            raise ValueError(
-                "save_deployed needs a rollout engine with weights of its own, and here `transformers.generate` or a "
-                "`rollout_func` samples. Set `rollout_backend='transformers'` or `use_vllm=True`, or use `save_model`."
-            )
-        deployed.save_deployed(engine, self.model, self.accelerator, Path(path))
-        processing_class: Any = self.processing_class
-        if self.is_world_process_zero():
-            processing_class.save_pretrained(path)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            deployed.load_sync_state(getattr(self, "vllm_generation", None), Path(checkpoint))
-            for notice in restore(self._constraint, self._instruments, Path(checkpoint), measured_with(self)):
-                if self.accelerator.is_main_process:
-                    logger.warning("DC-GRPO, resuming: %s", notice)
-
-
-def _without_rows(batch: dict[str, Any], rows: list[int]) -> Tensor:
-    """The batch's sampling log-probs, (B, T), with NaN, which is unscored, in the given rows."""
-    logps, shape = batch["sampling_per_token_logps"], batch["completion_ids"].shape
-    measured = logps.new_full(shape, torch.nan)
-    sound = [row for row in range(shape[0]) if row not in rows]
-    if sound:  # a sound row is as long as its completion, so what is cut or missing is padding
-        width = min(logps.size(1), shape[1])
-        measured[sound, :width] = logps[sound, :width]
-    return measured

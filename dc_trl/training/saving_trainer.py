@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a constrained run leaves behind: checkpoints with their state, the model card, the policy as it samples."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from dc_trl.constraint import DiscrepancyConstraint
+from dc_trl.records.card import model_card
+from dc_trl.rollouts import deployed
+from dc_trl.training.instruments import Instruments
+from dc_trl.training.rollouts_trainer import RolloutsTrainer
+from dc_trl.training.state import measured_with, restore, write_state
+
+logger = logging.get_logger(__name__)
+
+
+class SavingTrainer(RolloutsTrainer):
+    """GRPO that saves the constraint with its checkpoints, and says in the model card what it came to."""
+
+    _constraint: DiscrepancyConstraint
+    _instruments: Instruments
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            tolerance, multiplier = self._constraint.tolerance.value, self._constraint.dual.value
+            state = (tolerance, multiplier, self._sync_rounding, self.state.log_history)
+            model_card.complete(Path(str(self.args.output_dir)), self.args, *state)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves as TRL does; a checkpoint also gets λ, tolerance, calibration, and the card."""
+        super().save_model(output_dir, _internal_call)
+        # transformers pushes a checkpoint at the end of `_save_checkpoint`, so what it is to hold is written here.
+        if _internal_call and output_dir is not None and self.args.should_save:
+            state = self._constraint.state_dict() | {"instruments": self._instruments.state_dict()}
+            write_state(Path(output_dir), state | {"measured_with": measured_with(self)})
+            deployed.save_sync_state(getattr(self, "vllm_generation", None), Path(output_dir))
+            model_card.copy_card(Path(str(self.args.output_dir)), Path(output_dir))
+
+    def save_deployed(self, path: str | Path) -> None:
+        """Saves model and tokenizer with the weights as they sample: in the sampler's precision, rounded as at a sync.
+
+        `save_model` keeps the weights in training, in their own precision. Rounding those to nearest, for deployment
+        in bf16, would put most weights back where they were before the training; this keeps what was learnt. Quantised
+        precisions are saved dequantised, in the dtype in which they are multiplied. A collective: call it on every
+        process.
+
+        Args:
+            path: a directory, made if it is not there.
+
+        Raises:
+            ValueError: no engine with weights of its own samples in this run.
+        """
+        engine = getattr(self, "vllm_generation", None)
+        if not hasattr(engine, "deployed_weights"):
+            raise ValueError(
+                "save_deployed needs a rollout engine with weights of its own, and here `transformers.generate` or a "
+                "`rollout_func` samples. Set `rollout_backend='transformers'` or `use_vllm=True`, or use `save_model`."
+            )
+        deployed.save_deployed(engine, self.model, self.accelerator, Path(path))
+        processing_class: Any = self.processing_class
+        if self.is_world_process_zero():
+            processing_class.save_pretrained(path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            deployed.load_sync_state(getattr(self, "vllm_generation", None), Path(checkpoint))
+            for notice in restore(self._constraint, self._instruments, Path(checkpoint), measured_with(self)):
+                if self.accelerator.is_main_process:
+                    logger.warning("DC-GRPO, resuming: %s", notice)
