@@ -16,6 +16,9 @@ from dc_trl.dual import DualVariable
 
 DISCREPANCY_LEVELS = ("token", "sequence")
 
+# Above this share of the advantage, the penalty is part of what the policy learns, not a nudge. Our value.
+NOTABLE_PENALTY_SHARE = 0.1
+
 
 class ConstraintKind(NamedTuple):
     """One way to constrain the discrepancy.
@@ -45,7 +48,7 @@ def _above_tolerance(discrepancy: Tensor, multiplier: float, tolerance: float) -
 
 
 KINDS = {
-    "none": ConstraintKind(_no_penalty, needs_tolerance=True, adapts=False),
+    "none": ConstraintKind(_no_penalty, needs_tolerance=False, adapts=False),
     "fixed": ConstraintKind(_proportional, needs_tolerance=False, adapts=False),
     "threshold": ConstraintKind(_above_tolerance, needs_tolerance=True, adapts=False),
     "lagrangian": ConstraintKind(_proportional, needs_tolerance=True, adapts=True),
@@ -222,6 +225,8 @@ class DiscrepancyConstraint:
     def update(self, mean_discrepancy: float) -> list[tuple[str, str]]:
         """Ends an iteration, eq. 11: calibrates while the tolerance is unknown, then moves λ.
 
+        A kind that does not need the tolerance calibrates it too, to log the violation, and does not wait for it.
+
         Args:
             mean_discrepancy: d̄_k over all ranks and micro-batches.
 
@@ -234,10 +239,19 @@ class DiscrepancyConstraint:
             self.dual.step(self.violation(mean_discrepancy))
             return [("saturated", self._saturation())] if self.dual.saturated else []
         self.tolerance.update(mean_discrepancy)
-        notices = [("calibrating", f"calibrating the tolerance on {self.tolerance.batches} generation batches.")]
+        waiting = f"no penalty yet: calibrating the tolerance on {self.tolerance.batches} generation batches."
+        notices = [("calibrating", waiting)] if KINDS[self.kind].needs_tolerance else []
         if self.tolerance.value is not None:
-            notices.append(("calibrated", f"discrepancy tolerance calibrated to {self.tolerance.value:.3g}."))
+            notices.append(("calibrated", self._calibrated(self.tolerance.value)))
         return notices
+
+    def _calibrated(self, tolerance: float) -> str:
+        if KINDS[self.kind].needs_tolerance:
+            return f"discrepancy tolerance calibrated to {tolerance:.3g}."
+        return (
+            f"the discrepancy's floor gives a tolerance of {tolerance:.3g}, which `constraint={self.kind!r}` does not "
+            "use: it is logged, and what exceeds it as `dc/violation`."
+        )
 
     def _saturation(self) -> str:
         return (
@@ -270,3 +284,25 @@ class DiscrepancyConstraint:
         """
         self.dual.load_state_dict(state["dual"])
         self.tolerance.load_state_dict(state["tolerance"])
+
+
+def penalty_notices(share: float, alone: float) -> list[tuple[str, str]]:
+    """What a person should be told once of an iteration's penalty, as (topic, message).
+
+    Args:
+        share: mean |penalty| over mean |A|, `dc/penalty_share`; NaN where there is no advantage.
+        alone: fraction of the sequences that have a penalty and no advantage, `dc/penalty_only`; NaN where no token
+            counts.
+    """
+    notices = []
+    if share > NOTABLE_PENALTY_SHARE:
+        notices.append(("penalty", f"the penalty is {share:.0%} of the advantage (`dc/penalty_share`)."))
+    if alone > 0.5:
+        message = (
+            f"{alone:.0%} of a batch's sequences have no advantage and a penalty (`dc/penalty_only`): their rewards are "
+            "their group's mean, mostly because the whole group has the same reward. The penalty alone moves the "
+            "policy there, and pushes down whatever was sampled. Choose problems or a reward on which a group's "
+            "completions differ, or leave such groups out with `zero_variance_groups='drop'`."
+        )
+        notices.append(("penalty_only", message))
+    return notices

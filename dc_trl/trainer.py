@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from dc_trl.config import DCGRPOConfig
-from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
+from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance, penalty_notices
 from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
 from dc_trl.estimators.importance import ImportanceSampling
@@ -28,9 +28,6 @@ from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
 from dc_trl.training.ragged import score_in_parts
 from dc_trl.training.saving_trainer import SavingTrainer
-
-# Above this share of the advantage, the penalty is part of what the policy learns, not a nudge. Our value.
-NOTABLE_PENALTY_SHARE = 0.1
 
 
 class DCGRPOTrainer(SavingTrainer):
@@ -291,9 +288,7 @@ class DCGRPOTrainer(SavingTrainer):
             if self._token_log is not None:
                 self._token_log.end_iteration()
             notices = self._constraint.update(mean)
-            share = values["dc/penalty_share"]
-            if share > NOTABLE_PENALTY_SHARE:
-                notices.append(("penalty", f"the penalty is {share:.0%} of the advantage (`dc/penalty_share`)."))
+            notices += penalty_notices(values["dc/penalty_share"], values["dc/penalty_only"])
             if self._dropout:
                 notices.append(("dropout", f"dropout is on {describe_dropout(self._dropout)}, which `dc/*` measures."))
             self._say_once(notices)

@@ -37,8 +37,8 @@ def check_precision(precision: str | None) -> None:
     """Raise `ValueError` unless `precision` is None or one of `PRECISIONS`."""
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(
-            f"rollout precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or None to sample from "
-            "the weights as trained."
+            f"`rollout_precision` is {precision!r}, which is unknown: use one of {', '.join(PRECISIONS)}, or leave it "
+            "unset to sample from the weights as trained."
         )
 
 
@@ -129,8 +129,8 @@ def quantizable_parameters(model: nn.Module, output_head: nn.Module | None) -> d
                     found[f"{prefix}.{leaf}"] = _input_dim_of_experts(module)
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no nn.Linear layer or fused experts to quantise; use the rollout precision "
-            "bf16, fp16 or None."
+            f"{type(model).__name__} has no nn.Linear layer or fused experts that `rollout_precision` could quantise: "
+            f"use one of {', '.join(CAST_DTYPES)}, or leave it unset to sample from the weights as trained."
         )
     return found
 

@@ -307,6 +307,8 @@ def recommend(scores: Scores, plan: Plan, name: str = "floor") -> Recommendation
             f"The engines agree: a mean of {floor.value:.2g} is rounding in float32. No constraint is needed; "
             "`constraint: none` measures on."
         )
+        if not scores.log_ratios().any():
+            reason += f" Not one token differs, which two engines seldom manage: {_PAGE}#nothing-differs-at-all"
         return Recommendation(None, reason)
     slack = plan.slack * floor.value
     # Both passes sampled each problem; a training batch has its own problems, once.

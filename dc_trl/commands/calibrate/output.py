@@ -23,6 +23,7 @@ JSON_FILE = "calibration.json"
 SCALE = "For scale: 0.0037 on Qwen3-8B, 0.0050 on Qwen3-30B-A3B, on the authors' stack (secondary source)."
 
 _LOGGED = (
+    "differs",
     "kl",
     "k3_kl",
     "chi2_token",
@@ -164,7 +165,7 @@ def _size(found: Calibration, table: dict[str, Any]) -> list[str]:
 
 
 def _metrics(table: dict[str, Any]) -> list[str]:
-    columns = ("mean", "p50", "p99", "max")
+    columns = ("mean", "p50", "p90", "p99", "max")
     lines = [f"{'discrepancy of a token':32}" + "".join(f"{column:>11}" for column in columns)]
     for name, metric in METRICS.items():
         cells = "".join(f"{_number(table['metrics'][name][column]):>11}" for column in columns)

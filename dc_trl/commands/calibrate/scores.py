@@ -199,8 +199,8 @@ def describe(scores: Scores) -> dict[str, Any]:
     """Everything that is reported of a pass: each metric's distribution, by probability and position, and the rest.
 
     Returns:
-        `tokens`, `completions`, `problems`, `cut_fraction`, `mean_length`; `metrics` (metric → mean, p50, p99, max
-        over tokens); `by_probability` and `by_position` (rows of `from`, `to`, `tokens` and each metric's mean); and
+        `tokens`, `completions`, `problems`, `cut_fraction`, `mean_length`; `metrics` (metric → mean, p50, p90, p99,
+        max over tokens); `by_probability` and `by_position` (rows of `from`, `to`, `tokens` and each metric's mean); and
         `dc`, what the trainer would log under `dc/`. Means are over tokens. Numbers that do not exist are None.
     """
     valid = scores.valid
@@ -222,12 +222,13 @@ def describe(scores: Scores) -> dict[str, Any]:
 
 
 def distribution(values: np.ndarray) -> dict[str, float | None]:
-    """Mean, median, 99th percentile and maximum, exact; None where there are no values."""
+    """Mean, median, 90th and 99th percentile and maximum, exact; None where there are no values."""
     if not len(values):
-        return dict.fromkeys(("mean", "p50", "p99", "max"))
+        return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
     return {
         "mean": float(values.mean()),
         "p50": float(np.quantile(values, 0.5)),
+        "p90": float(np.quantile(values, 0.9)),
         "p99": float(np.quantile(values, 0.99)),
         "max": float(values.max()),
     }

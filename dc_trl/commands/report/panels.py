@@ -62,7 +62,11 @@ MAIN_PANELS = (
                 ),
                 2.0,
             ),
-            Row("99th percentile over tokens", (Series("dc/discrepancy/p99", "p99"),)),
+            Row(
+                "99th and 90th percentile over tokens",
+                (Series("dc/discrepancy/p99", "99th percentile"), Series("dc/discrepancy/p90", "90th", SECOND)),
+            ),
+            Row("median over tokens", (Series("dc/discrepancy/p50", "median"),)),
         ),
         marks="calibration",
     ),
@@ -82,10 +86,11 @@ MAIN_PANELS = (
         "multiplier",
         "Multiplier and penalty",
         "Healthy: the multiplier stays strictly between 0 and its maximum, or at 0 where nothing is violated; the "
-        "penalty’s share of the advantage stays below 0.1 (our limit).",
+        "penalty’s share of the advantage stays below 0.1 (our limit), and few sequences are moved by a penalty alone.",
         (
             Row("multiplier λ", (Series("dc/multiplier", "multiplier"),)),
             Row("penalty share of |advantage|", (Series("dc/penalty_share", "penalty share"),)),
+            Row("sequences with a penalty alone, fraction", (Series("dc/penalty_only", "penalty alone"),)),
         ),
     ),
     Panel(
@@ -153,6 +158,27 @@ TAIL_PANELS = (
         "of one token",
         "No range published. A single token near 1: look at that completion below.",
         Series("dc/discrepancy/max", "max"),
+    ),
+    Panel(
+        "abs_log_ratio",
+        "|log π − log μ| of a token",
+        "No range published. A mean that rises while the median holds is a few tokens; where the median rises too, all "
+        "tokens differ more.",
+        (
+            Row(
+                "99th and 90th percentile, nats",
+                (Series("dc/abs_log_ratio/p99", "99th percentile"), Series("dc/abs_log_ratio/p90", "90th", SECOND)),
+            ),
+            Row("median, nats", (Series("dc/abs_log_ratio/p50", "median"),)),
+        ),
+    ),
+    _tail(
+        "differs",
+        "Tokens that differ at all",
+        "fraction of the tokens",
+        "1 where the sampler computes in another precision, around a half in float32; falls as tokens become certain. "
+        "0: both sides are the same numbers, and nothing is measured.",
+        Series("dc/differs", "differs"),
     ),
     _tail(
         "logp_difference",
