@@ -23,6 +23,7 @@ from faults import (
     stale_tensors,
     top_k,
     top_p,
+    trainers_own_log_probs,
 )
 from places import ROOT
 from runs import dc_trainer, logged, replayed_rollouts
@@ -92,7 +93,7 @@ def test_rounding_at_the_sync_looks_like_a_stale_sync_and_the_dither_cures_it(tm
     assert logged(nearest, "dc/pearson")[-1] < logged(nearest, "dc/pearson")[0]
     assert max(logged(nearest, SEEN)[:4]) < 0.2
     assert all(0.95 < share < 1.05 for share in logged(dithered, SEEN))
-    assert max(logged(small_updates(rollout_precision=None), MEAN)) < 1e-6  # float32 rollouts are clean
+    assert 0 < max(logged(small_updates(rollout_precision=None), MEAN)) < 1e-6  # float32 rollouts are clean
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +132,9 @@ def test_truncated_sampling_is_refused_or_gives_a_floor(tmp_path: Path) -> None:
     trainer = run(tmp_path, top_p(0.9), rollout_precision=None, max_steps=3)  # engines agree
     # ρ = S, the mass that is kept, for every sampled token: 0.9, and a part of the likeliest token that is not needed.
     assert min(logged(trainer, "dc/importance_ratio/min")) > 0.899
-    assert max(logged(trainer, "dc/importance_ratio/max")) < 0.97
-    assert min(logged(trainer, MEAN)) > 0.005 and max(logged(trainer, CHI2)) < -0.15
+    assert 0.899 < max(logged(trainer, "dc/importance_ratio/max")) < 0.97
+    assert min(logged(trainer, MEAN)) > 0.005
+    assert 0.899**2 - 1 < min(logged(trainer, CHI2)) and max(logged(trainer, CHI2)) < -0.15
 
 
 def test_unprocessed_log_probs_make_the_kl_negative(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_dropout_grows_with_the_adapter_and_a_constraint_has_none(tmp_path: Path
     measured = logged(run(tmp_path, peft_config=adapters(0.3), **options), MEAN)
     assert measured[0] < 1e-6 < 1e-3 < measured[-1]  # LoRA's B is 0 at first, so the first batches show none of it
     options |= {"constraint": "lagrangian", "discrepancy_tolerance": 0.01}
-    assert max(logged(run(tmp_path, peft_config=adapters(0.3), **options), MEAN)) < 1e-6
+    assert 0 < max(logged(run(tmp_path, peft_config=adapters(0.3), **options), MEAN)) < 1e-6
 
 
 def test_unscored_tokens_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -172,12 +174,37 @@ def test_unscored_tokens_are_counted_and_left_out(tmp_path: Path) -> None:
     assert 0.1 < fraction < 0.5 and 0 < mean < 1
 
 
+def test_log_probs_of_the_trainers_own_differ_nowhere(tmp_path: Path) -> None:
+    sound, own = run(tmp_path, max_steps=2), run(tmp_path, trainers_own_log_probs, max_steps=2)
+    assert logged(sound, "dc/differs") == [1.0, 1.0] and logged(own, "dc/differs") == [0.0, 0.0]
+    assert logged(own, MEAN) == [0.0, 0.0] and logged(own, "dc/ess") == [1.0, 1.0]  # all looks well
+    float32 = run(tmp_path, rollout_precision=None, max_steps=2)
+    assert 0.5 < min(logged(float32, "dc/differs")) and max(logged(float32, MEAN)) < 1e-6
+
+
+def test_a_spread_of_its_own_tells_a_few_tokens_from_all(tmp_path: Path) -> None:
+    sound, stale = (
+        {key: logged(trainer, f"dc/discrepancy/{key}")[-1] for key in ("mean", "p50", "p90", "p99")}
+        for trainer in (
+            run(tmp_path, learning_rate=1e-3, max_steps=8),
+            run(tmp_path, stale_sync, learning_rate=1e-3, max_steps=8),
+        )
+    )
+    assert all(10 < stale[key] / sound[key] < 60 for key in sound)  # old weights: every token
+
+
 # The page's numbers
 
 COLUMNS = {
     "discrepancy/mean": "mean",
+    "discrepancy/p50": "p50",
+    "discrepancy/p90": "p90",
     "discrepancy/p99": "p99",
     "discrepancy/max": "max",
+    "abs_log_ratio/p50": "|ℓ| p50",
+    "abs_log_ratio/p90": "|ℓ| p90",
+    "abs_log_ratio/p99": "|ℓ| p99",
+    "differs": "differs",
     "kl": "kl",
     "chi2_token": "chi2_token",
     "ess": "ess",
@@ -210,6 +237,7 @@ def cases() -> dict[str, tuple[Fault | None, dict[str, Any]]]:
         "stale sync, lr 0, nudge": (stale_sync, nudged),
         "stale lm_head, lr 0, nudge": (stale_tensors("lm_head"), nudged),
         "stale prefix cache, lr 0, nudge": (stale_prefix_cache, nudged),
+        "the trainer's own log-probs": (trainers_own_log_probs, {}),
         "engine at T 0.9": (engine_temperature(0.9), {}),
         "engine at T 1.1": (engine_temperature(1.1), {}),
         "top_p 0.95, as trained": (top_p(0.95), as_trained),
@@ -258,7 +286,7 @@ def main() -> None:
             print(f"    mean {sum(means[:5]) / 5:.3g} -> {sum(means[-5:]) / 5:.3g}")
         options = {"learning_rate": 3e-3, "max_steps": 24, "logging_steps": 4, "rollout_precision": "int4"}
         trainer = run(Path(directory), **options)
-        for key in ("entropy", MEAN, "dc/discrepancy/p99", CHI2, "reward"):
+        for key in ("entropy", MEAN, "dc/discrepancy/p50", "dc/discrepancy/p99", CHI2, "reward"):
             print(f"entropy collapse: {key:20}", *(f"{value:9.3g}" for value in logged(trainer, key)))
 
 

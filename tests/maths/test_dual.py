@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
+from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance, penalty_notices
 from dc_trl.dual import DualVariable
 
 
@@ -88,6 +88,43 @@ def test_no_penalty_and_no_step_while_calibrating() -> None:
     assert constraint.multiplier == 0.1  # untouched by calibration
     constraint.update(0.035)
     assert constraint.multiplier == pytest.approx(0.11)  # 0.1 + (0.035 − 0.025)
+
+
+@pytest.mark.parametrize("kind", ["none", "fixed"])
+def test_a_kind_that_does_not_need_the_tolerance_does_not_say_that_it_waits_for_it(kind: str) -> None:
+    constraint = build(kind)
+    assert constraint.update(0.02) == []
+    ((topic, message),) = constraint.update(0.02)
+    assert topic == "calibrated" and f"0.025, which `constraint='{kind}'` does not use" in message
+    assert constraint.update(0.02) == []
+    assert constraint.metrics(0.03)["violation"] == pytest.approx(0.005)  # what it is measured for
+
+
+@pytest.mark.parametrize("kind", ["lagrangian", "threshold"])
+def test_a_kind_that_waits_for_the_tolerance_says_so(kind: str) -> None:
+    constraint = build(kind)
+    waiting = ("calibrating", "no penalty yet: calibrating the tolerance on 2 generation batches.")
+    assert constraint.update(0.02) == [waiting]
+    assert constraint.update(0.02) == [waiting, ("calibrated", "discrepancy tolerance calibrated to 0.025.")]
+
+
+@pytest.mark.parametrize(
+    ("share", "alone", "topics"),
+    [
+        (0.1, 0.5, []),
+        (math.nan, math.nan, []),
+        (0.11, 0.0, ["penalty"]),
+        (math.nan, 1.0, ["penalty_only"]),
+        (0.2, 0.51, ["penalty", "penalty_only"]),
+    ],
+)
+def test_what_is_said_of_a_penalty(share: float, alone: float, topics: list[str]) -> None:
+    assert [topic for topic, _ in penalty_notices(share, alone)] == topics
+
+
+def test_a_penalty_alone_is_explained_with_the_way_out() -> None:
+    ((_, message),) = penalty_notices(math.nan, 0.75)
+    assert "75% of a batch's sequences" in message and "zero_variance_groups='drop'" in message
 
 
 @pytest.mark.parametrize(("kind", "applied"), [("none", 0.0), ("fixed", 0.1), ("threshold", 0.0)])

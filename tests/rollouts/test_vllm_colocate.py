@@ -42,7 +42,7 @@ def test_training_moves_the_weights_and_the_engines_stay_together(result: dict[s
     means = result["dc/discrepancy/mean"]
     assert len(means) == 5 and all(0 < mean < 0.01 for mean in means)  # bfloat16 against float32
     assert set(result["dc/nan_fraction"]) == {0.0}
-    assert all(abs(chi2) < 0.1 for chi2 in result["dc/chi2_token"])
+    assert all(0 < abs(chi2) < 0.1 for chi2 in result["dc/chi2_token"])
 
 
 def test_the_engine_gets_dithered_weights_in_its_own_dtype(result: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ def test_vllm_drives_calibration_and_multiplier(result: dict[str, Any]) -> None:
 
 def test_a_stale_engine_shows_in_the_discrepancy(result: dict[str, Any]) -> None:
     assert result["stale"] > 5 * result["synchronised"]
-    assert result["resynchronised"] < 2 * result["synchronised"]
+    assert 0.5 < result["resynchronised"] / result["synchronised"] < 2
 
 
 @pytest.mark.skipif(
@@ -75,4 +75,4 @@ def test_arguments_of_the_engine_deploy_it_lower(tmp_path: Path) -> None:
     # float32 against float32 would be below 1e-5: what is left is the FP8 cache, and it stays.
     assert all(1e-3 < mean < 0.03 for mean in deployed["dc/discrepancy/mean"])
     assert deployed["stale"] > 2 * deployed["synchronised"]
-    assert deployed["resynchronised"] < 2 * deployed["synchronised"]
+    assert 0.5 < deployed["resynchronised"] / deployed["synchronised"] < 2

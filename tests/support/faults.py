@@ -127,3 +127,19 @@ def merge_in_place(trainer: DCGRPOTrainer) -> None:
         trainer.model.unmerge_adapter()
 
     engine.sync_weights = sync
+
+
+def trainers_own_log_probs(trainer: DCGRPOTrainer) -> None:
+    """What is handed over as the sampler's log-probs was scored by the trainer."""
+    score = trainer._generate_and_score_completions
+
+    @torch.no_grad()
+    def scored_by_the_trainer(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = score(inputs)
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        width = batch["completion_ids"].size(1)
+        logps, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
+        return batch | {"sampling_per_token_logps": logps}
+
+    trainer._generate_and_score_completions = scored_by_the_trainer  # type: ignore[method-assign]

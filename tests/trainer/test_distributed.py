@@ -104,7 +104,7 @@ def test_each_rank_replays_the_experts_of_its_own_tokens(ranks: tuple[dict[str, 
     first, second = (rank["routed"] for rank in ranks)
     assert repr(first["log"]) == repr(second["log"]) and torch.equal(first["weights"], second["weights"])
     # The rollouts are of the weights as trained: given the experts of other tokens, this would be some 0.01.
-    assert len(updates(first)) == 4 and max(values(first, "dc/discrepancy/max")) < 1e-5
+    assert len(updates(first)) == 4 and 0 < max(values(first, "dc/discrepancy/max")) < 1e-5
     assert min(values(first, "grad_norm")) > 0
 
 

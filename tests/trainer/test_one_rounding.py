@@ -80,7 +80,7 @@ def test_the_discrepancy_stays_what_it_is_without_updates(tmp_path: Path) -> Non
     still = logged(train(tmp_path / "still", learning_rate=0.0), "dc/discrepancy/mean")
     trained = logged(train(tmp_path / "trained", max_steps=8), "dc/discrepancy/mean")
     # Of kernels alone: decoding token by token, and scoring whole sequences.
-    assert max(trained) < 2 * max(still) and max(still) < 1e-3
+    assert 0.5 * max(still) < max(trained) < 2 * max(still) and 1e-5 < max(still) < 1e-3
 
 
 def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:

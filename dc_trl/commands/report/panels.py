@@ -176,8 +176,8 @@ TAIL_PANELS = (
         "differs",
         "Tokens that differ at all",
         "fraction of the tokens",
-        "1 where the sampler computes in another precision, around a half in float32; falls as tokens become certain. "
-        "0: both sides are the same numbers, and nothing is measured.",
+        "1 where the sampler computes in another precision, above a half where both sides compute in float32. 0: both "
+        "sides are the same numbers, and nothing is measured.",
         Series("dc/differs", "differs"),
     ),
     _tail(

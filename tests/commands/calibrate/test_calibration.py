@@ -99,7 +99,7 @@ def test_engines_that_agree_need_no_constraint(calibrate: Any, recipe: Path, tmp
     copy.write_bytes(recipe.read_bytes())
     run = calibrate("--set", str(copy), precision=None)
     assert run.status == 0 and set(run.statuses.values()) == {"pass"}
-    assert run.found["floor"]["value"] < 1e-6 and run.found["discrepancy_tolerance"] is None
+    assert 0 < run.found["floor"]["value"] < 1e-6 and run.found["discrepancy_tolerance"] is None
     assert "engines agree" in run.found["reason"] and "left as it was" in run.output
     assert copy.read_bytes() == recipe.read_bytes()
 

@@ -43,4 +43,4 @@ def test_sharded_weights_are_nudged_and_put_back(tmp_path: Path) -> None:
     assert set(statuses(found).values()) == {"pass"} and found["weights_moved"] == 0.0
     assert 3e-4 < found["floor"]["value"] < 3e-3
     means = {name: table["metrics"]["logprob_diff"]["mean"] for name, table in found["passes"].items()}
-    assert means["stale"] > 8 * means["second"] and means["nudged"] < 2 * means["second"]
+    assert means["stale"] > 8 * means["second"] and 0.5 < means["nudged"] / means["second"] < 2
