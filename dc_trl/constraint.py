@@ -299,10 +299,10 @@ def penalty_notices(share: float, alone: float) -> list[tuple[str, str]]:
         notices.append(("penalty", f"the penalty is {share:.0%} of the advantage (`dc/penalty_share`)."))
     if alone > 0.5:
         message = (
-            f"{alone:.0%} of a batch's sequences have no advantage and a penalty (`dc/penalty_only`): their rewards are "
-            "their group's mean, mostly because the whole group has the same reward. The penalty alone moves the "
-            "policy there, and pushes down whatever was sampled. Choose problems or a reward on which a group's "
-            "completions differ, or leave such groups out with `zero_variance_groups='drop'`."
+            f"{alone:.0%} of a batch's sequences have a penalty and no advantage (`dc/penalty_only`): mostly because "
+            "all rewards of their group are equal. The penalty alone moves the policy there, and pushes down whatever "
+            "was sampled. Choose problems or a reward on which a group's completions differ, or leave such groups out "
+            "with `zero_variance_groups='drop'`."
         )
         notices.append(("penalty_only", message))
     return notices

@@ -12,7 +12,6 @@ from dc_trl.discrepancy.summary import (
     summarise,
 )
 
-
 # The quantiles that are logged of a histogram, in percent.
 PERCENTS = (50, 90, 99)
 
@@ -94,8 +93,8 @@ def _quantiles(name: str, histogram: Tensor, maximum: Tensor) -> dict[str, Tenso
 def quantile(histogram: Tensor, percent: int) -> Tensor:
     """The smallest value that `percent` % of the tokens do not exceed, read from a logarithmic histogram.
 
-    It is the geometric middle of its bin. A bin is 12 decades / 4096 = 0.68 % wide, so the quantile is within 0.34 % of
-    the exact one, from 1e-9 to 1e3. Below that (bin 0) it is 0; above it is the last bin's middle, 997.
+    It is the geometric middle of its bin. A bin is 12 decades / 4096 = 0.68 % wide, so the quantile is within 0.34 %
+    of the exact one, from 1e-9 to 1e3. Below that (bin 0) it is 0; above it is the last bin's middle, 997.
 
     Args:
         histogram: token counts, (HISTOGRAM_BINS,).

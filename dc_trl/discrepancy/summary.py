@@ -18,8 +18,8 @@ from dc_trl.discrepancy.tokens import bounded, token_discrepancy, trajectory_mea
 HISTOGRAM_BINS = 4096
 HISTOGRAM_LOW, HISTOGRAM_DECADES = -9.0, 12.0
 
-# An |A| that is no more than what TRL's rounding leaves where all rewards of a group are equal: it divides the error of
-# their mean by a standard deviation of about 0 plus 1e-4. Up to 1.8e-3 at rewards of about 1. Our value.
+# An |A| that is no more than what TRL's rounding leaves where all rewards of a group are equal: it divides the error
+# of their mean by a standard deviation of about 0 plus 1e-4. Up to 1.8e-3 at rewards of about 1. Our value.
 NO_ADVANTAGE = 2e-3
 
 # Every name of a summary, by how it is reduced. A value without a name here, or a name without its value, is an error.
@@ -170,7 +170,7 @@ def _sequence_sums(discrepancy: Tensor, log_ratio: Tensor, valid: Tensor) -> dic
 
 
 def _penalty_only(penalty: Tensor, advantage: Tensor, valid: Tensor) -> Tensor:
-    """Number of sequences with a penalty and, up to `NO_ADVANTAGE`, no advantage; of sizes (B, T), over valid tokens."""
+    """Number of sequences with a penalty and no advantage (up to `NO_ADVANTAGE`), of their sizes at valid tokens."""
     punished = ((penalty > 0) & valid).any(-1)
     advantaged = ((advantage > NO_ADVANTAGE) & valid).any(-1)
     return (punished & ~advantaged).sum().to(penalty.dtype)
@@ -214,5 +214,5 @@ def combine(summaries: Tensor) -> Tensor:
 def named(summary: Tensor) -> dict[str, Tensor]:
     """The parts of a summary (K,) by name: scalars, and histograms (HISTOGRAM_BINS,)."""
     scalars = dict(zip((*SUMS, *MAXIMA), summary[:_HISTOGRAMS_AT], strict=True))
-    histograms = summary[_HISTOGRAMS_AT:].split(HISTOGRAM_BINS)
+    histograms = summary[_HISTOGRAMS_AT:].reshape(len(HISTOGRAMS), HISTOGRAM_BINS)
     return scalars | dict(zip(HISTOGRAMS, histograms, strict=True))

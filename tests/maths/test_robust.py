@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantiles, the tokens that differ at all, and the sequences with a penalty alone: against exact and worked numbers."""
+"""Quantiles, tokens that differ at all, sequences with a penalty alone: against exact and worked numbers."""
 
 import math
 
@@ -152,7 +152,7 @@ def penalty_only(advantages: list[float], penalty: list[list[float]], mask: list
 
 
 def test_sequences_with_a_penalty_alone_by_hand() -> None:
-    # No advantage: the first, the second (without penalty) and the last. The third and fourth have one, of either sign.
+    # No advantage: the first, the second (which has no penalty) and the last. The others have one, of either sign.
     penalty = [[0.1, 0.0], [0.0, 0.0], [0.1, 0.1], [0.1, 0.1], [0.0, 1e-9]]
     assert penalty_only([0.0, 0.0, 0.5, -0.5, 0.0], penalty) == pytest.approx(2 / 5)
 

@@ -362,15 +362,21 @@ def test_it_slots_into_grpo_trainer(tmp_path: Path) -> None:
     trainer.train()
     # The second step samples from weights that the first one moved: without a sync they would differ by far more.
     worst = [h["sampling/sampling_logp_difference/max"] for h in trainer.state.log_history if "loss" in h]
-    assert len(worst) == 2 and max(worst) < 1e-4
+    assert len(worst) == 2 and 0 < max(worst) < 1e-4
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=64))
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no nn.Linear"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no nn.Linear") as unusable:
         build_engine(model, precision="int4")
+    with pytest.raises(ValueError, match="`rollout_precision` is 'int2', which is unknown") as unknown:
+        build_engine(model, precision="int2")
+    # Words that a recipe or a command line can hold: None is none of them.
+    for error in (unusable, unknown):
+        assert "leave it unset" in str(error.value) and "None" not in str(error.value)
+    assert "bf16, fp16, fp8" in str(unknown.value) and "one of bf16, fp16, or" in str(unusable.value)
     assert worst_error(build_engine(model), model.eval(), PROMPTS) < 1e-4
 
 

@@ -90,7 +90,13 @@ def test_the_card_comes_back(pushed: tuple[Path, dict[str, Any]]) -> None:
         f"| tolerance | {report['tolerance']:.4g} (calibrated: 1.25 × the mean of the first 2 generation batches) |",
         f"0.1, {report['multiplier']:.4g}, 1.0 |",
         f"| `dc/discrepancy/mean` | {last['dc/discrepancy/mean']:.4g} | {last['dc/discrepancy/mean']:.4g} |",
-        f"| `dc/discrepancy/p99` | {last['dc/discrepancy/p99']:.4g} |",
+        *(
+            f"| `dc/{key}` | {last[f'dc/{key}']:.4g} |"
+            for name in ("discrepancy", "abs_log_ratio")
+            for key in (f"{name}/p50", f"{name}/p90", f"{name}/p99")
+        ),
+        "| `dc/differs` | 1 | 1 |",
+        f"| `dc/penalty_only` | {last['dc/penalty_only']:.4g} |",
         f"| `eval_reward` | {scores['eval_reward']:.4g} |",
         f"| `eval_dc/discrepancy/mean` | {scores['eval_dc/discrepancy/mean']:.4g} |",
         "| AIME 2024, avg@32 | 12.3 ± 1.2 | 30 | 0.7, 1.0, 32768 | vllm, bf16 | 2026-11-21 |",

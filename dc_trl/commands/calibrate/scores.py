@@ -200,8 +200,8 @@ def describe(scores: Scores) -> dict[str, Any]:
 
     Returns:
         `tokens`, `completions`, `problems`, `cut_fraction`, `mean_length`; `metrics` (metric → mean, p50, p90, p99,
-        max over tokens); `by_probability` and `by_position` (rows of `from`, `to`, `tokens` and each metric's mean); and
-        `dc`, what the trainer would log under `dc/`. Means are over tokens. Numbers that do not exist are None.
+        max over tokens); `by_probability` and `by_position` (rows of `from`, `to`, `tokens` and each metric's mean);
+        and `dc`, what the trainer would log under `dc/`. Means are over tokens. Numbers that do not exist are None.
     """
     valid = scores.valid
     values = {metric: scores.discrepancy(metric)[valid].double().numpy() for metric in METRICS}

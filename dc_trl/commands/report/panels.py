@@ -86,7 +86,7 @@ MAIN_PANELS = (
         "multiplier",
         "Multiplier and penalty",
         "Healthy: the multiplier stays strictly between 0 and its maximum, or at 0 where nothing is violated; the "
-        "penalty’s share of the advantage stays below 0.1 (our limit), and few sequences are moved by a penalty alone.",
+        "penalty’s share of the advantage stays below 0.1 (our limit), and a penalty alone moves few sequences.",
         (
             Row("multiplier λ", (Series("dc/multiplier", "multiplier"),)),
             Row("penalty share of |advantage|", (Series("dc/penalty_share", "penalty share"),)),
@@ -162,8 +162,8 @@ TAIL_PANELS = (
     Panel(
         "abs_log_ratio",
         "|log π − log μ| of a token",
-        "No range published. A mean that rises while the median holds is a few tokens; where the median rises too, all "
-        "tokens differ more.",
+        "No range published. A tail that rises while the median holds is a few tokens; where the median rises too, "
+        "all tokens differ more.",
         (
             Row(
                 "99th and 90th percentile, nats",

@@ -112,6 +112,9 @@ def test_the_tolerance_stands_above_the_noise() -> None:
     assert "three standard errors" in noisy.reason
     agreeing = checks.recommend(spread_out(1e-6, 0.0), plan)
     assert agreeing.tolerance is None and "constraint: none" in agreeing.reason
+    assert "Not one token differs" not in agreeing.reason
+    dead = checks.recommend(spread_out(0.0, 0.0), plan)
+    assert dead.tolerance is None and "Not one token differs" in dead.reason and "#nothing-differs" in dead.reason
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def test_every_figure_is_plotlys_and_holds_the_logged_values(tmp_path: Path) -> 
             if trace.get("fill") != "toself":
                 assert (trace["x"], trace["y"]) == ([1, 2, 3], [1.25, 2.25, 3.25])
     assert "Never logged" not in page.text
+    quantiles = {f"dc/{name}/p{percent}" for name in ("discrepancy", "abs_log_ratio") for percent in (50, 90, 99)}
+    assert keys >= quantiles | {"dc/differs", "dc/penalty_only"}
 
 
 def test_the_band_is_one_standard_deviation_around_the_reward(tmp_path: Path) -> None:
