@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the loop of λ is stable: dual ascent against a plant whose answer is known.
 
-The discrepancy answers a penalty late. The simplest plant with that property is of first order: after each batch the mean
-discrepancy d moves a share `response` of the way to a level that falls with the λ of `delay` batches ago,
+The discrepancy answers a penalty late. The simplest plant with that property is of first order: after each batch the
+mean discrepancy d moves a share `response` of the way to a level that falls with the λ of `delay` batches ago,
 
-    d_{k+1} = d_k + response · (level_k − gain · λ_{k−delay} − d_k),    λ_{k+1} = clip(λ_k + dual_lr · (d_k + noise − ε))
+    d_{k+1} = d_k + response · (level_k − gain · λ_{k−delay} − d_k)
+    λ_{k+1} = clip(λ_k + dual_lr · (d_k + noise − ε))
 
-One number decides: the *loop gain* dual_lr · gain, by how much d would fall in the end for a λ that rises by dual_lr. Writes
-the figure of docs/method.md and prints its numbers; takes seconds.
+One number decides: the *loop gain* dual_lr · gain, by how much d would fall in the end for a λ that rises by dual_lr.
+Writes the figure of docs/method.md and prints its numbers; takes seconds.
 
     python examples/closed_loop.py --output docs/images/closed_loop.png
 """
