@@ -123,7 +123,8 @@ class DiscrepancyTolerance:
 
     The discrepancy of two engines that hold the same weights, the floor, depends on model, precision and kernels, so a
     number is right only for the stack on which it was measured. Without one, the floor is the mean over the first
-    batches of a run, and the tolerance `floor · slack`. The procedure is ours; the paper gives numbers only.
+    batches of a run, and the tolerance `floor · slack`. The procedure is ours; the paper gives numbers only. The floor
+    is measured beside a given tolerance too, to tell one that cannot be met.
 
     Args:
         value: the tolerance, in units of the discrepancy metric; None calibrates it.
@@ -143,16 +144,27 @@ class DiscrepancyTolerance:
         """The tolerance in use; None while calibrating."""
         if self.given is not None:
             return self.given
-        return self.slack * self._total / self._count if self._count >= self.batches else None
+        return None if self.floor is None else self.slack * self.floor
 
-    def update(self, mean_discrepancy: float) -> None:
-        """Takes in one batch's mean; without effect once the tolerance is known, or if the mean is not finite."""
-        if self.value is None and math.isfinite(mean_discrepancy):
-            self._total += mean_discrepancy
-            self._count += 1
+    @property
+    def floor(self) -> float | None:
+        """Mean over the first batches, in units of the discrepancy metric; None until there are enough of them."""
+        return self._total / self._count if self._count >= self.batches else None
+
+    def update(self, mean_discrepancy: float) -> bool:
+        """Takes in one batch's mean; without effect once the floor is known, or if the mean is not finite.
+
+        Returns:
+            Whether this batch was the last that the floor waited for.
+        """
+        if self.floor is not None or not math.isfinite(mean_discrepancy):
+            return False
+        self._total += mean_discrepancy
+        self._count += 1
+        return self.floor is not None
 
     def state_dict(self) -> dict[str, float | int]:
-        """The calibration so far. A given tolerance is config, not state."""
+        """The floor so far. A given tolerance is config, not state."""
         return {"total": self._total, "count": self._count}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
@@ -223,7 +235,7 @@ class DiscrepancyConstraint:
         return known
 
     def update(self, mean_discrepancy: float) -> list[tuple[str, str]]:
-        """Ends an iteration, eq. 11: calibrates while the tolerance is unknown, then moves λ.
+        """Ends an iteration, eq. 11: measures the floor, calibrates while the tolerance is unknown, then moves λ.
 
         A kind that does not need the tolerance calibrates it too, to log the violation, and does not wait for it.
 
@@ -233,12 +245,19 @@ class DiscrepancyConstraint:
         Returns:
             What a person should be told once, as (topic, message).
         """
-        if self.tolerance.value is not None:
-            if not self._adapts:
-                return []
-            self.dual.step(self.violation(mean_discrepancy))
-            return [("saturated", self._saturation())] if self.dual.saturated else []
-        self.tolerance.update(mean_discrepancy)
+        calibrates = self.tolerance.value is None
+        complete = self.tolerance.update(mean_discrepancy)
+        if calibrates:
+            return self._of_calibration()
+        if not self._adapts:
+            return []
+        self.dual.step(self.violation(mean_discrepancy))
+        notices = [("saturated", self._saturation())] if self.dual.saturated else []
+        if complete and self._infeasible():
+            notices.append(("infeasible", f"{self._below_the_floor()} The multiplier rises for as long as it is."))
+        return notices
+
+    def _of_calibration(self) -> list[tuple[str, str]]:
         waiting = f"no penalty yet: calibrating the tolerance on {self.tolerance.batches} generation batches."
         notices = [("calibrating", waiting)] if KINDS[self.kind].needs_tolerance else []
         if self.tolerance.value is not None:
@@ -253,10 +272,30 @@ class DiscrepancyConstraint:
             "use: it is logged, and what exceeds it as `dc/violation`."
         )
 
-    def _saturation(self) -> str:
+    def _infeasible(self) -> bool:
+        """Whether the tolerance is below what the engines differed by when the run began."""
+        value, floor = self.tolerance.value, self.tolerance.floor
+        return value is not None and floor is not None and value < floor
+
+    def _below_the_floor(self) -> str:
+        floor, batches = self.tolerance.floor or math.nan, self.tolerance.batches
         return (
-            f"the multiplier reached `multiplier_max` = {self.dual.maximum}: the discrepancy stays above the "
-            f"tolerance of {self.tolerance.value:.3g}. Look for a broken weight sync first, then at the tolerance."
+            f"`discrepancy_tolerance` is {self.tolerance.value:.3g}, below the floor: the engines differed by "
+            f"{floor:.3g} over the first {batches} generation batches, which a penalty need not lower. Set it to "
+            f"{self.tolerance.slack * floor:.3g} (the floor times `tolerance_slack`), leave it unset to calibrate it, "
+            "or look for what makes the floor with `dc-trl calibrate`."
+        )
+
+    def _saturation(self) -> str:
+        reached = f"the multiplier reached `multiplier_max` = {self.dual.maximum}: "
+        if self._infeasible():
+            return reached + self._below_the_floor()
+        measured = "" if self.tolerance.floor is None else f", and the floor was {self.tolerance.floor:.3g}"
+        return (
+            f"{reached}the discrepancy stays above the tolerance of {self.tolerance.value:.3g}{measured}. It has "
+            "grown since: look for a broken weight sync first, at `dc/sync/update_seen` then, and raise "
+            "`discrepancy_tolerance` only where neither is the cause. Raise `multiplier_max` only where "
+            "`dc/penalty_share` is small."
         )
 
     @property

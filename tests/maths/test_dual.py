@@ -136,11 +136,36 @@ def test_other_kinds_never_move_the_multiplier(kind: str, applied: float) -> Non
     assert constraint.dual.value == 0.1
 
 
-def test_saturation_is_said() -> None:
+def test_saturation_is_said_with_the_floor() -> None:
     constraint = build("lagrangian", 0.01)
-    assert constraint.update(0.02) == []
+    assert constraint.update(0.004) == [] and constraint.update(0.008) == []
     ((topic, message),) = constraint.update(5.0)
-    assert topic == "saturated" and "weight sync" in message
+    assert topic == "saturated" and "the floor was 0.006" in message and "weight sync" in message
+
+
+def test_a_tolerance_below_the_floor_is_said_once_the_floor_is_known() -> None:
+    constraint = build("lagrangian", 0.01)
+    assert constraint.update(0.02) == [] and constraint.tolerance.floor is None
+    ((topic, message),) = constraint.update(0.04)
+    assert topic == "infeasible" and constraint.tolerance.value == 0.01
+    assert "below the floor" in message and "0.03" in message and "0.0375" in message  # 0.03, and times 1.25
+    assert constraint.update(0.04) == []
+    ((topic, message),) = constraint.update(5.0)
+    assert topic == "saturated" and "below the floor" in message
+
+
+@pytest.mark.parametrize("kind", ["none", "fixed", "threshold"])
+def test_a_kind_that_moves_no_multiplier_does_not_ask_for_a_tolerance_that_can_be_met(kind: str) -> None:
+    constraint = build(kind, 0.01)
+    assert [constraint.update(0.04) for _ in range(3)] == [[], [], []]
+
+
+def test_the_floor_goes_on_in_a_resumed_run() -> None:
+    constraint, other = build("lagrangian", 0.01), build("lagrangian", 0.01)
+    constraint.update(0.02)
+    other.load_state_dict(constraint.state_dict())
+    assert [topic for topic, _ in other.update(0.04)] == ["infeasible"]
+    assert other.tolerance.floor == pytest.approx(0.03)
 
 
 def test_constraint_state_round_trip() -> None:
