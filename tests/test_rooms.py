@@ -25,10 +25,10 @@ MODULES = {
 # From the ground up; entries of one line share a floor, and know nothing of each other unless they are one room.
 FLOORS = (
     {"discrepancy", "dual", "length_decay", "constraint", "estimators", "step"},
-    {"tasks"},
     {"rollouts"},
     {"config"},
     {"records"},
+    {"tasks"},
     {"training"},
     {"trainer"},
     {"__init__"},

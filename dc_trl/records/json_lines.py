@@ -1,11 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files with one JSON object a line that processes append to, and may be killed while they do."""
+"""Files with one JSON object a line that processes append to, and may be killed while they do.
+
+What is read is not trusted: whoever reads JSON that came from outside takes `parse_json`.
+"""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+MAX_DEPTH = 100
+"""Levels of lists and mappings that are read. Far deeper ones take the stack of whatever walks through them."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; a byte order mark before it is passed over.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, or nested deeper than `MAX_DEPTH`.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        value = json.loads(text.removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise ValueError(str(error)) from error  # its own `repr` is the whole text
+    except RecursionError as error:
+        raise ValueError(_too_deep()) from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise ValueError(_too_deep())
+    return value
+
+
+def _too_deep() -> str:
+    return f"nested deeper than {MAX_DEPTH} levels"
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [member for item in level if isinstance(item, dict | list) for member in _members(item)]
+    return any(isinstance(item, dict | list) for item in level)
+
+
+def _members(container: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and bytes of each line that is not blank, its newline included.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
 
 
 def append_lines(path: Path, values: Iterable[Any]) -> None:
@@ -36,7 +87,7 @@ def mend_end(path: Path) -> None:
         return
     kept, _, last = text.rpartition(b"\n")
     try:
-        json.loads(last)
+        parse_json(last)
     except ValueError:
         path.write_bytes(kept + b"\n" if kept else b"")
     else:

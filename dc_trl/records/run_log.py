@@ -6,8 +6,6 @@ Here each entry is one line, written when it is logged. A start of training is a
 the reader knows which entries a resumed run repeats.
 """
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from dc_trl.records.json_lines import append_lines, mend_end
+from dc_trl.records.json_lines import append_lines, mend_end, numbered_lines, parse_json
 from dc_trl.records.token_log import FOLDER as TOKENS
 from dc_trl.records.whole_files import write_whole
 
@@ -27,6 +25,10 @@ logger = logging.get_logger(__name__)
 
 LOG_FILE = "log.jsonl"
 STATE_FILE = "trainer_state.json"
+
+LARGEST_DRAWN = 1e100
+"""Size up to which values are drawn. Near what a float can hold, the ends of an axis or of a band overflow."""
+_LARGEST_STEP = 2**53
 
 # What a person needs to tell two runs apart, of TRL's and transformers' fields. This package's own come on top.
 _INHERITED_SETTINGS = (
@@ -184,10 +186,10 @@ def read_run(folder: Path) -> Run:
 
 def _read_state(folder: Path, source: Path) -> Run:
     try:
-        state = json.loads(source.read_text(encoding="utf-8"))
+        state = parse_json(source.read_bytes())
         start = {"max_steps": int(state["max_steps"])}
         entries = list(state["log_history"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last of an infinity
         raise ValueError(f"{source} is not the state of a transformers trainer ({error!r}): remove it.") from error
     for number, entry in enumerate(entries, start=1):
         _check_line(entry, f"entry {number} of {source}")
@@ -207,22 +209,16 @@ def _read_log(folder: Path) -> Run:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a logged value is a number that can be drawn."""
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond what a float holds
-        return False
+    """Whether a logged value is a number that can be drawn: finite, and no larger than `LARGEST_DRAWN`."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST_DRAWN  # NaN is not
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
+    for number, line in numbered_lines(path):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
-            if number == len(lines):  # no newline yet: it is being written
+            if not line.endswith(b"\n"):  # it is being written
                 return
             raise ValueError(f"line {number} of {path} is not JSON ({error}). Remove that line.") from error
         _check_line(value, f"line {number} of {path}")
@@ -234,7 +230,6 @@ def _check_line(line: Any, where: str) -> None:
     is_start = isinstance(line, dict) and "start" in line
     holder = line["start"] if is_start else line
     numbers = [holder.get("step"), holder.get("max_steps", 0)] if isinstance(holder, dict) else [None]
-    if any(type(number) is not int for number in numbers) or (
-        is_start and not isinstance(holder.get("settings"), dict)
-    ):
+    wrong = any(type(number) is not int or abs(number) > _LARGEST_STEP for number in numbers)
+    if wrong or (is_start and not isinstance(holder.get("settings"), dict)):
         raise ValueError(f"{where} is neither a log entry with its step nor the start of a run. Remove it.")

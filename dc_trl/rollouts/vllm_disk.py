@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from dc_trl.rollouts.checkpoint import (
@@ -34,8 +33,8 @@ from dc_trl.rollouts.checkpoint import (
 from dc_trl.rollouts.handover import Handover, served_dtype
 from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.update_seen import UpdateSeen
+from dc_trl.rollouts.vllm_client import CheckedClient
 from dc_trl.rollouts.vllm_server import (
-    PatientAdapter,
     check_logprobs_mode,
     check_reloadable,
     explain_failure,
@@ -113,12 +112,10 @@ class VLLMDiskGeneration(VLLMGeneration):
         if self.accelerator.is_main_process:
             with holding(self._lock, self.sync_dir):  # is refused now, rather than after the data has loaded
                 pass
-            self.vllm_client = VLLMClient(
-                base_url=self.base_url, group_port=self.group_port, connection_timeout=self.server_timeout
-            )
-            self.vllm_client.session.mount(self.base_url, PatientAdapter(self.server_timeout))
-            # Raises where the development endpoints are off.
-            server = self.vllm_client.get_server_info()
+            with explain_failure(self.base_url, "saying what it serves"):
+                self.vllm_client = CheckedClient(self.base_url, self.group_port, self.server_timeout)
+                # Raises where the development endpoints are off.
+                server = self.vllm_client.get_server_info()
             check_reloadable(server, policy)
             dtype = served_dtype(server["model_config"])
         self.handover = Handover(policy, dtype, self.dither)

@@ -19,6 +19,8 @@ from torch import nn
 from urllib3.connection import HTTPConnection
 from urllib3.util.retry import Retry
 
+from dc_trl.rollouts.server_answers import Answer, refuse_redirects
+
 START_COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --host 127.0.0.1 "
     "--logprobs-mode processed_logprobs"
@@ -88,22 +90,35 @@ def check_logprobs_mode(base_url: str, timeout: float) -> None:
         timeout: seconds to wait for a server that takes no connection (yet); one that does gets a minute or more.
 
     Raises:
-        ConnectionError: nothing answered in time.
-        ValueError: the server reports another `logprobs_mode`, or none.
+        ConnectionError: nothing answered in time, or something else than a vLLM server.
+        ValueError: the server reports another `logprobs_mode`, or has no development endpoints.
     """
-    response = _first_answer(f"{base_url.rstrip('/')}/server_info", timeout)
-    if response.status_code != 200:
-        raise ValueError(
-            f"{response.url} answered {response.status_code}, so the server's logprobs_mode cannot be checked. The "
-            f"endpoint needs VLLM_SERVER_DEV_MODE=1. Start the server with: {START_COMMAND}"
-        )
-    mode = response.json()["vllm_config"]["model_config"]["logprobs_mode"]
+    response = first_answer(f"{base_url.rstrip('/')}/server_info", timeout)
+    mode = server_info(response).field("vllm_config", "model_config", "logprobs_mode", kind=str)
     if mode != "processed_logprobs":
         raise ValueError(
             f"The vLLM server at {base_url} runs with logprobs_mode={mode!r}: what it reports is not the distribution "
             "that it samples from, so the discrepancy would measure that and not the engines. Start it with "
             "`--logprobs-mode processed_logprobs`, or set constraint='none'."
         )
+
+
+def server_info(response: requests.Response) -> Answer:
+    """What a server says of itself, from the response to a `/server_info` in JSON: `vllm_config` and in it
+    `model_config`.
+
+    Raises:
+        ValueError: the server has no development endpoints.
+        ServerAnswerError: it answered something else.
+    """
+    if response.status_code == 404:
+        raise ValueError(
+            f"{response.url} answered 404, so neither the server's logprobs_mode nor its dtype is known. The endpoint "
+            f"needs VLLM_SERVER_DEV_MODE=1. Start the server with: {START_COMMAND}"
+        )
+    answer = Answer.of(response, "the server's configuration was")
+    answer.field("vllm_config", "model_config", kind=dict)
+    return answer
 
 
 def check_reloadable(vllm_config: dict[str, Any], model: nn.Module) -> None:
@@ -127,14 +142,19 @@ def check_reloadable(vllm_config: dict[str, Any], model: nn.Module) -> None:
         )
 
 
-def _first_answer(url: str, timeout: float) -> requests.Response:
-    """The first response to a GET, whatever its status, trying once a second for `timeout` seconds."""
+def first_answer(url: str, timeout: float) -> requests.Response:
+    """The first response to a GET, whatever its status, trying once a second for `timeout` seconds.
+
+    Raises:
+        ConnectionError: nothing answered.
+        ServerAnswerError: the answer is a redirect.
+    """
+    session = requests.Session()
+    refuse_redirects(session)
     deadline = time.monotonic() + timeout
     while True:
         try:
-            return requests.get(
-                url, params={"config_format": "json"}, timeout=(timeout, max(timeout, _ANSWER_SECONDS))
-            )
+            return session.get(url, params={"config_format": "json"}, timeout=(timeout, max(timeout, _ANSWER_SECONDS)))
         except requests.RequestException as error:
             if time.monotonic() + 1 >= deadline:
                 raise ConnectionError(
@@ -150,9 +170,15 @@ def reload_weights(session: requests.Session, base_url: str, directory: Path) ->
     A prefix cache that outlives the weights would mix two policies within one completion: it looks like a discrepancy
     that grows even at a learning rate of 0. So a reset that the server declines is an error.
 
+    Args:
+        session: whose redirects are refused.
+        base_url: of the server.
+        directory: as the server finds it.
+
     Raises:
         requests.RequestException: the server is gone, or answered 5xx.
         RuntimeError: the server refused to reload or to reset.
+        ServerAnswerError: whoever answered did neither.
     """
     body: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
     reloaded = session.post(f"{base_url}/collective_rpc", json=body)
@@ -161,13 +187,22 @@ def reload_weights(session: requests.Session, base_url: str, directory: Path) ->
             f"{reloaded.url} answered {reloaded.status_code}: {reloaded.text[:500]}. Weight sync over disk needs the "
             f"development endpoints. Start the server with: {START_COMMAND}"
         )
+    answer = Answer.of(reloaded, "a reload of the weights was")
+    if not answer.field("results", kind=list):
+        raise answer.error("has the results of no worker")
     for _ in range(_RESET_ATTEMPTS):
         reset = session.post(f"{base_url}/reset_prefix_cache")
-        # vLLM before 0.26 answers with an empty body.
-        if reset.status_code == 200 and (not reset.content or reset.json().get("success", True)):
+        if reset.status_code == 200 and _was_reset(reset):
             return
         time.sleep(1)
     raise RuntimeError(
         f"The vLLM server at {base_url} did not reset its prefix cache ({reset.status_code}: {reset.text[:200]}): "
         "some other client holds blocks of it. Keep the server to this run, or pass it --no-enable-prefix-caching."
     )
+
+
+def _was_reset(response: requests.Response) -> bool:
+    """vLLM before 0.26 answers with an empty body."""
+    if not response.content:
+        return True
+    return bool(Answer.of(response, "a reset of the prefix cache was").field("success", kind=bool))

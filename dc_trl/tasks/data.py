@@ -7,10 +7,15 @@ one epoch is a hundred.
 """
 
 import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value, load_dataset
+
+from dc_trl.tasks.json_files import BadFileError, check_json_file, line_of_row
 
 logger = logging.getLogger(__name__)
 
@@ -84,21 +89,48 @@ def load_math_dataset(
         DatasetError: for a missing file, column or answer, with the way out.
     """
     dataset = _load(name, config, split)
+    numbers: Sequence[int] = range(len(dataset))
     problem = _column(dataset, name, problem_column, PROBLEM_COLUMNS, "problem")
     answer = _column(dataset, name, answer_column, ANSWER_COLUMNS, "answer")
     if deduplicate:
-        dataset = dataset.select(_first_of_each(dataset, problem, answer))
+        numbers = _first_of_each(dataset, problem, answer)
+        dataset = dataset.select(numbers)
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        where = f"row {index} of {name}"
+        where = _Place(name, numbers[index])
         return {"prompt": _messages(row[problem], prompt_template, where), "solution": _answer(row[answer], where)}
 
     columns = dataset.column_names
-    return dataset.map(convert, with_indices=True, remove_columns=columns, features=_FEATURES, desc="Formatting")
+    try:
+        return dataset.map(convert, with_indices=True, remove_columns=columns, features=_FEATURES, desc="Formatting")
+    except DatasetError:
+        raise
+    except Exception as error:  # Arrow hands out a row when it is asked for: text that is no UTF-8 shows here
+        raise DatasetError(
+            f"A row of {name} cannot be read: {_root(error)}. Write the file anew as UTF-8 .jsonl or .parquet."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a row stands, for messages: the line is looked up when it is asked for."""
+
+    name: str
+    row: int
+
+    def __str__(self) -> str:
+        path = Path(self.name).expanduser()
+        line = line_of_row(path, self.row) if path.suffix == ".jsonl" and path.is_file() else None
+        return f"row {self.row} of {self.name}" + (f" (line {line})" if line else "")
 
 
 def _load(name: str, config: str | None, split: str) -> Dataset:
     path = local_path(name)
+    for file in _json_files(path):
+        try:
+            check_json_file(file)
+        except (BadFileError, OSError) as error:
+            raise DatasetError(f"{error}.") from error
     try:
         if path is None or path.is_dir():
             dataset = load_dataset(name if path is None else str(path), config, split=split)
@@ -108,12 +140,27 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
         raise _empty(name, split) from error
     except Exception as error:  # `datasets` raises many kinds: no network, no such dataset, broken file, no such split
         raise DatasetError(
-            f"Could not load split {split!r} of {name}: {type(error).__name__}: {error}. Check name, split and "
+            f"Could not load split {split!r} of {name}: {_root(error)}. Check name, split and "
             "network, or give the path of a local .jsonl or .parquet file."
         ) from error
     if len(dataset) == 0:
         raise _empty(name, split)
     return dataset
+
+
+def _json_files(path: Path | None) -> list[Path]:
+    """The JSON files that a local dataset is made of; hidden ones are none, as `datasets` has it."""
+    if path is None or path.is_file():
+        return [path] if path is not None and FORMATS[path.suffix] == "json" else []
+    files = (file for file in sorted(path.rglob("*")) if FORMATS.get(file.suffix) == "json" and file.is_file())
+    return [file for file in files if not any(part[0] in "._" for part in file.relative_to(path).parts)]
+
+
+def _root(error: BaseException) -> str:
+    """What an error goes back to: `datasets` wraps the reason into one that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def _empty(name: str, split: str) -> DatasetError:
@@ -150,24 +197,40 @@ def _first_of_each(dataset: Dataset, problem: str, answer: str) -> list[int]:
     return kept
 
 
-def _messages(problem: Any, template: str, where: str) -> list[dict[str, str]]:
+def _messages(problem: Any, template: str, where: _Place) -> list[dict[str, str]]:
     if isinstance(problem, str) and problem.strip():
         return [{"role": "user", "content": template.replace("{problem}", problem)}]
     if isinstance(problem, list) and problem and all(isinstance(m, dict) and "content" in m for m in problem):
-        return [{"role": m.get("role") or "user", "content": m["content"]} for m in problem]
+        return [_message(message, where) for message in problem]
     raise DatasetError(
-        f"The problem in {where} is {problem!r}: it must be a text, or a list of messages with role and content."
+        f"The problem in {where} is {_shown(problem)}: it must be a text, or a list of messages with role and content."
     )
 
 
-def _answer(answer: Any, where: str) -> str:
+def _message(message: dict[str, Any], where: _Place) -> dict[str, str]:
+    role = message.get("role") or "user"
+    for name, value in (("role", role), ("content", message["content"])):
+        if not isinstance(value, str):
+            raise DatasetError(
+                f"A message of the problem in {where} has the {name} {_shown(value)}: it must be a text. Join the "
+                "texts of a content in parts; pictures are not supported."
+            )
+    return {"role": role, "content": message["content"]}
+
+
+def _answer(answer: Any, where: _Place) -> str:
     if isinstance(answer, dict):
         answer = answer.get("ground_truth")
     if isinstance(answer, list) and answer and all(isinstance(part, str) for part in answer):
         answer = ", ".join(answer)  # OlympiadBench lists the several answers of a problem
-    if answer is None or isinstance(answer, (dict, list)):
+    if answer is None or isinstance(answer, (dict, list)) or (isinstance(answer, float) and not math.isfinite(answer)):
         raise DatasetError(
-            f"The answer in {where} is {answer!r}: it must be a text, a number, a list of texts, or a dict with "
-            "`ground_truth`. Correct or remove the row, or choose another `answer_column`."
+            f"The answer in {where} is {_shown(answer)}: it must be a text, a finite number, a list of texts, or a "
+            "dict with `ground_truth`. Correct or remove the row, or choose another `answer_column`."
         )
     return str(answer)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -2,28 +2,24 @@
 """Accuracy of mathematical answers by math-verify, judged in worker processes that can be killed.
 
 math-verify limits its time with `signal.alarm`, which works in the main thread of POSIX systems only and does not
-interrupt a long C call. Here each worker is a Python process of its own that imports neither torch nor the training
-script: an answer that makes sympy hang costs its time limit and nothing else.
-
-This file is also the program that the workers run, hence the standard library alone at its top.
+interrupt a long C call. Here each worker is a Python process of its own (`dc_trl.tasks.judge`).
 """
 
 import contextlib
-import faulthandler
 import importlib
 import importlib.util
-import json
-import logging
+import math
 import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from numbers import Rational, Real
 from typing import Any
+
+from dc_trl.tasks import judge
+from dc_trl.tasks.workers import Workers
 
 # None excludes a completion from its group's baseline and from the gradient (TRL's convention).
 REWARDS: dict[str, float | None] = {
@@ -35,10 +31,9 @@ REWARDS: dict[str, float | None] = {
 }
 COUNTED = ("error", "timeout", "unparsable_gold")
 
-# Seconds for Python and sympy to load; generous, because a starting training run keeps every core busy.
-_START_TIMEOUT = 120.0
-# Bytes a worker may map: 9^(9^9) would take the machine's memory before its time is up. POSIX only.
-_MEMORY_LIMIT = 4 << 30
+
+class GoldAnswerError(ValueError):
+    """No gold answer of a batch can be used: every reward would be None, and nothing would be learnt."""
 
 
 class MathAccuracyReward:
@@ -46,18 +41,21 @@ class MathAccuracyReward:
 
     The answer must be in `\boxed{}` or announced ("Answer: 42", "the final answer is 42"); a box counts before an
     announcement, two different boxes are a wrong answer, and text up to the last `</think>` is not read. An answer
-    that takes too long or breaks the parser earns 0.0. A gold answer that cannot be parsed gives None.
+    that takes too long or breaks the parser earns 0.0. A gold answer that cannot be parsed, or is None, gives None.
 
-    The training thread waits for the verdicts but computes none of them: at most
-    `timeout * ceil(completions / workers)` seconds, plus the start of the workers at the first call. `counts` holds
-    totals per verdict; the shares of errors, timeouts and unparsable golds are logged at each call.
+    The workers start at construction, which waits until one of them has judged a known answer. The training thread
+    waits for the verdicts but computes none of them: at most `(timeout + start) * ceil(completions / workers)`
+    seconds, where `start` is what a worker takes to load (1 to 2 s on an idle core). The successor of a worker that
+    was killed starts at once and one more worker is kept, so `start` is waited for only where answers time out in
+    quick succession. `counts` holds totals per verdict; the shares of errors, timeouts and unparsable golds are logged
+    at each call.
 
     Args:
         timeout: seconds for one completion, gold included.
-        workers: processes; each rank of a distributed run has its own.
+        workers: processes that judge at once; each rank of a distributed run has its own.
 
     Raises:
-        ImportError: if math-verify is not installed.
+        ImportError: math-verify is not installed, does not work, or is too old to judge without its own time limit.
     """
 
     __name__ = "accuracy"
@@ -70,121 +68,93 @@ class MathAccuracyReward:
         self.timeout = timeout
         self.workers = workers
         self.counts: Counter[str] = Counter()
-        self._idle: queue.SimpleQueue[_Worker] | None = None
+        self._workers: Workers | None = self._start()
+        try:
+            self._workers.wait()
+        except RuntimeError as error:
+            self.close()
+            raise ImportError(
+                f"{error} Before 0.8.0 math-verify judges nothing without its own time limit: pip install "
+                f"'math-verify>=0.8.0'. Check too that `{sys.executable} -c 'import math_verify'` works."
+            ) from error
 
     def __call__(
         self,
         completions: list[Any],
-        solution: list[str],
+        solution: list[Any],
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> list[float | None]:
         """Rewards of `completions` (texts, or message lists) against the gold answers in `solution`.
 
         Raises:
-            RuntimeError: if the workers cannot start.
+            GoldAnswerError: none of the gold answers can be used, and there are several, or none ever could.
+            TypeError, ValueError: `solution` is no list of texts, numbers and Nones, one for each completion.
+            RuntimeError: a worker did not start.
         """
-        if self._idle is None:
-            self._idle = queue.SimpleQueue()
-            for _number in range(self.workers):
-                self._idle.put(_Worker(self.timeout))
-        with ThreadPoolExecutor(self.workers) as threads:
-            verdicts = list(threads.map(self._verdict, solution, map(_text, completions)))
+        verdicts = self.verdicts(completions, solution)
         found = Counter(verdicts)
-        self.counts += found
         for name in COUNTED:
             if log_metric is not None:  # each name at each call on each rank, because TRL gathers the values
-                log_metric(f"math_verify/{name}", found[name] / len(verdicts))
+                log_metric(f"math_verify/{name}", found[name] / max(len(verdicts), 1))
+        if found["unparsable_gold"] == len(verdicts) > 0:
+            self._refuse_golds(solution)
         return [REWARDS[verdict] for verdict in verdicts]
 
-    def _verdict(self, gold: str, text: str) -> str:
-        assert self._idle is not None
-        worker = self._idle.get()
-        try:
-            return worker.ask(gold, text)
-        finally:
-            self._idle.put(worker)
+    def verdicts(self, completions: Sequence[Any], solution: Sequence[Any]) -> list[str]:
+        """The verdict on each completion, a key of `REWARDS`; a batch without usable gold answers is no error here.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for a call.
+        """
+        if isinstance(solution, str) or len(solution) != len(completions):
+            count = "is a text" if isinstance(solution, str) else f"has {len(solution)} entries"
+            raise ValueError(
+                f"`solution` {count} for {len(completions)} completions: give a list with one gold answer for each "
+                "completion, as TRL makes it of the data set's column `solution`."
+            )
+        golds = [_gold(value, place) for place, value in enumerate(solution)]
+        if self._workers is None:
+            self._workers = self._start()
+        with ThreadPoolExecutor(self.workers) as threads:
+            verdicts = list(threads.map(self._verdict, golds, map(_text, completions)))
+        self.counts += Counter(verdicts)
+        return verdicts
+
+    def _verdict(self, gold: str | None, text: str) -> str:
+        assert self._workers is not None
+        if gold is None:
+            return "unparsable_gold"
+        answer, late = self._workers.ask([gold, text])
+        return answer or ("timeout" if late else "error")
+
+    def _start(self) -> Workers:
+        return Workers(str(judge.__file__), self.workers, self.timeout)
+
+    def _refuse_golds(self, solution: Sequence[Any]) -> None:
+        """Raises, unless the batch has a single gold answer and others were usable: then it is one bad row."""
+        golds = list(dict.fromkeys(map(repr, solution)))
+        if len(golds) == 1 and self.counts.total() > self.counts["unparsable_gold"]:
+            return
+        raise GoldAnswerError(
+            f"math-verify can use none of the gold answers of a batch ({len(solution)} completions): "
+            f"{', '.join(golds[:3])}{', …' if len(golds) > 3 else ''}. Every reward would be None, and nothing would "
+            "be learnt. `solution` must hold final answers, such as '34' or '\\frac{1}{3}': choose another "
+            "`answer_column`, or correct the data."
+        )
 
     def close(self) -> None:
         """Ends the workers; the next call starts new ones."""
-        idle, self._idle = self._idle, None
-        while idle is not None and not idle.empty():
-            idle.get().stop()
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_idle": None}
+        return self.__dict__ | {"_workers": None}
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the interpreter may be half gone
             self.close()
-
-
-class _Worker:
-    """One judging process, started when first asked and again after it was killed."""
-
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
-        self._process: subprocess.Popen[str] | None = None
-
-    def ask(self, gold: str, text: str) -> str:
-        """The verdict, a key of `REWARDS`."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        answer, late = self._exchange(json.dumps([gold, text]), self.timeout)
-        if late or not answer:
-            self.stop()
-        return answer or ("timeout" if late else "error")
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
-            # -P: without it the package's directory would be importable, and its modules hide others of their name.
-            [sys.executable, "-P", __file__, str(self.timeout)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        answer, _ = self._exchange(None, _START_TIMEOUT)
-        if answer != "ready":
-            self.stop()
-            raise RuntimeError(
-                f"A math-verify worker did not start within {_START_TIMEOUT:.0f} s (its messages are above). Check "
-                f"that `{sys.executable} -c 'import math_verify'` works."
-            )
-
-    def _exchange(self, line: str | None, seconds: float) -> tuple[str, bool]:
-        """Sends `line`, waits for one line; returns it ("" if the process ended) and whether it had to be killed."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, end)
-        timer.start()
-        try:
-            if line is not None:
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
-            answer = process.stdout.readline().strip()
-        except OSError:  # a broken pipe: it died
-            answer = ""
-        finally:
-            timer.cancel()
-            timer.join()  # it may be killing this very moment
-        return answer, late.is_set()
-
-    def stop(self) -> None:
-        """Kills the process and waits for its end."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    assert pipe is not None
-                    pipe.close()
 
 
 def load_rewards(names: list[str], timeout: float, workers: int) -> list[Callable[..., Any]]:
@@ -213,54 +183,19 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-# The worker's side
+def _gold(value: Any, place: int) -> str | None:
+    """A gold answer as text; None for what is no answer: None, NaN and the infinities.
 
-
-def judge(gold: str, text: str) -> str:
-    """The verdict on one completion, in this process and without a time limit: a key of `REWARDS`."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    announced = [
-        LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),
-        ExprExtractionConfig(try_extract_without_anchor=False),
-    ]
-    options: dict[str, Any] = {"parsing_timeout": None, "fallback_mode": "no_fallback"}
-    expected = parse(_boxed(gold), **options)
-    if not expected:
-        return "unparsable_gold"
-    try:
-        answer = parse(
-            text.rpartition("</think>")[2], announced, extraction_mode="first_match", raise_on_error=True, **options
-        )
-        return "right" if verify(expected, answer, timeout_seconds=None, raise_on_error=True) else "wrong"
-    except Exception:  # sympy and antlr raise most of what Python has
-        return "error"
-
-
-def _boxed(gold: str) -> str:
-    """A bare answer, such as `34` or `\\frac{1}{3}`, put in a box: unmarked LaTeX is not recognised as such."""
-    marked = any(mark in gold for mark in ("\\boxed", "$", "\\(", "\\["))
-    return gold if marked or not gold.strip() else f"\\boxed{{{gold}}}"
-
-
-def _serve(timeout: float) -> None:
-    """Answers one line of JSON, [gold, text], by one line, the verdict, until standard input ends."""
-    # Ctrl-C and a notebook's interrupt reach the whole process group: the parent decides, and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may pass for a verdict
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
-    importlib.import_module("math_verify")
-    logging.disable(logging.ERROR)  # its warnings that the timeout is off, and of each failed parse
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        # A parent that was killed kills no workers: a hanging one ends itself.
-        faulthandler.dump_traceback_later(2 * timeout + 60, exit=True)
-        print(judge(*json.loads(line)), file=answers, flush=True)
-        faulthandler.cancel_dump_traceback_later()
-
-
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]))
+    Raises:
+        TypeError: it is neither text, nor number, nor None.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Rational) and not isinstance(value, bool):  # whole numbers are
+        return str(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return f"{Decimal(repr(float(value))):f}" if math.isfinite(value) else None
+    raise TypeError(
+        f"The gold answer {place} in `solution` is {value!r}, of type {type(value).__name__}: give a text or a "
+        "number, or None where there is none."
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dc_trl.constraint import DiscrepancyConstraint
+from dc_trl.records.json_lines import parse_json
 from dc_trl.records.whole_files import write_whole
 from dc_trl.rollouts.engines import engine_name
 from dc_trl.training.instruments import Instruments
@@ -81,7 +82,7 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = parse_json(path.read_bytes())
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as JSON, so it may be cut off: {error}. {_WAY_OUT}") from error
     if missing := {"dual", "tolerance", "instruments"} - set(state if isinstance(state, dict) else ()):

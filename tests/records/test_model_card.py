@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import BAD_RESULTS, LARGE
 from huggingface_hub import ModelCard
 from matplotlib import pyplot
 from PIL import Image
@@ -15,6 +16,7 @@ from dc_trl import DCGRPOConfig
 from dc_trl.records.card.curves import PANELS, save_curves
 from dc_trl.records.card.model_card import complete, copy_card, with_section
 from dc_trl.records.card.series import series
+from dc_trl.records.run_log import LARGEST_DRAWN
 from dc_trl.rollouts.engines import engine_name
 
 # Of TRL's template, what matters here.
@@ -102,6 +104,28 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     log = [entry(1), entry(2) | {"dc/discrepancy/mean": math.nan}, entry(3) | {"dc/discrepancy/mean": None}]
     assert "| `dc/discrepancy/mean` | 0.001 | 0.001 |" in card_of(tmp_path, log).text
     assert series(log, "dc/discrepancy/mean").steps == [1]
+
+
+@pytest.mark.parametrize("value", LARGE)
+def test_values_near_what_a_float_can_hold_do_not_stop_the_card(tmp_path: Path, value: float) -> None:
+    log = [entry(1), entry(2) | dict.fromkeys(["reward", "entropy", "dc/discrepancy/mean", "eval_reward"], value)]
+    text = card_of(tmp_path, log, 0.5, discrepancy_tolerance=0.5).text
+    assert "| `dc/discrepancy/mean` | 0.001 | 0.001 |" in text
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_values_that_can_just_be_drawn_are_drawn(tmp_path: Path) -> None:
+    card_of(tmp_path, [entry(1) | {"reward": -LARGEST_DRAWN}, entry(2) | {"reward": LARGEST_DRAWN}])
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_what_is_no_result_does_not_stop_the_card(tmp_path: Path) -> None:
+    write_result(tmp_path, "sums", 0.5, 0.1)
+    with (tmp_path / "evaluation" / "results.jsonl").open("ab") as file:
+        file.write(b"".join(line + b"\n" for line, _ in BAD_RESULTS.values()))
+    card = card_of(tmp_path, [entry(1)])
+    assert [result.dataset_name for result in card.data.eval_results] == ["SUMS"] * 2
+    assert card.text.count("| SUMS, avg@4 |") == 1
 
 
 def test_nothing_measured(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 """log.jsonl: the whole log while the run goes on, and after it was killed and resumed."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from hostile import BAD_LINES
 from runs import PROMPTS, dc_trainer, trl_trainer
 from transformers import TrainerCallback
 
@@ -145,6 +147,8 @@ START = {"step": 0, "max_steps": 3, "settings": {}}
     [
         *(None, 3, [], {"reward": 1.0}, {"step": '"><img>'}, {"step": 1.5}, {"step": 1, "start": None}),
         *({"start": []}, {"start": {"step": 0}}, {"start": START | {"max_steps": "3"}}),
+        *({"start": START | {"max_steps": math.inf}}, {"start": START | {"max_steps": math.nan}}),
+        *({"step": 10**400}, {"step": -(2**60)}, {"step": math.inf}, {"step": True}),
         {"start": START | {"settings": [1]}},
     ],
 )
@@ -154,11 +158,34 @@ def test_a_line_of_another_kind_is_named(tmp_path: Path, line: Any) -> None:
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_line_that_is_no_json_is_named(tmp_path: Path, name: str) -> None:
+    line, reason = BAD_LINES[name]
+    sound = json.dumps({"step": 1, "reward": 0.5}).encode()
+    (tmp_path / LOG_FILE).write_bytes(b"\n".join([sound, line, sound, b""]))
+    with pytest.raises(ValueError, match=f"line 2 of .*log.jsonl is not JSON .*{reason}.*Remove that line"):
+        read_run(tmp_path)
+    (tmp_path / LOG_FILE).write_bytes(b"\n".join([sound, line]))  # being written
+    assert read_run(tmp_path).entries == [{"step": 1, "reward": 0.5}]
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_state_that_is_no_json_is_named(tmp_path: Path, name: str) -> None:
+    line, reason = BAD_LINES[name]
+    (tmp_path / "trainer_state.json").write_bytes(b'{"max_steps": 3, "log_history": [%s]}' % line)
+    with pytest.raises(ValueError, match="trainer_state.json is not the state of a transformers trainer") as caught:
+        read_run(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
         ("{", r"trainer_state.json is not the state of a transformers trainer \(JSONDecodeError"),
         ("[]", "is not the state of a transformers trainer"),
+        ('{"max_steps": Infinity, "log_history": []}', "OverflowError"),
+        ('{"max_steps": NaN, "log_history": []}', "ValueError"),
+        ('{"max_steps": 3, "log_history": {"step": 1}}', "entry 1 of .*trainer_state.json is neither"),
         ('{"max_steps": 3}', "KeyError"),
         ('{"max_steps": 3, "log_history": [{"step": 1}, {"loss": 1}]}', "entry 2 of .*trainer_state.json is neither"),
     ],

@@ -16,7 +16,7 @@ import pytest
 from hub_stand_in import HubStandIn
 from places import ROOT, SUPPORT
 from runs import PROMPTS, dc_trainer, replayed_rollouts
-from test_weight_sync import Stub, stub  # noqa: F401
+from stub_server import Stub
 from transformers import TrainerCallback
 
 from dc_trl.records.run_log import read_run
@@ -35,11 +35,11 @@ ANSWERS: dict[str, Any] = {
 
 
 @pytest.fixture
-def server(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:  # noqa: F811
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     """A stub that says yes to all that a trainer asks of a vLLM server."""
     monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
-    stub.answers = {path: (200, body) for path, body in ANSWERS.items()}
-    yield stub
+    with Stub({path: (200, body) for path, body in ANSWERS.items()}) as stub:
+        yield stub
 
 
 def synced_trainer(folder: Path, server: Stub, **options: Any) -> Any:
@@ -99,7 +99,7 @@ def test_a_sync_that_fails_leaves_no_lock(server: Stub, tmp_path: Path) -> None:
     server.answers["/collective_rpc"] = (404, {})
     with pytest.raises(RuntimeError, match="404"):
         first.vllm_generation.sync_weights()
-    server.answers["/collective_rpc"] = (200, {})
+    server.answers["/collective_rpc"] = (200, ANSWERS["/collective_rpc"])
     second.vllm_generation.sync_weights()
 
 

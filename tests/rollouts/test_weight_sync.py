@@ -6,10 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from places import SUPPORT
 from safetensors.torch import load_file
+from stub_server import Stub
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from vllm_process import free_port
@@ -139,38 +138,10 @@ def test_readers_never_see_half_a_checkpoint(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy-00000003", "policy-00000004"]
 
 
-class Stub(HTTPServer):
-    """Answers each path with `(status, body)` from `answers`, or 404, and keeps what was posted."""
-
-    def __init__(self, answers: dict[str, tuple[int, Any]]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.answers, self.posted = answers, list[tuple[str, bytes]]()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Stub
-
-    def do_GET(self) -> None:
-        status, body = self.server.answers.get(self.path.split("?")[0], (404, {}))
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def do_POST(self) -> None:
-        self.server.posted.append((self.path, self.rfile.read(int(self.headers.get("Content-Length", 0)))))
-        self.do_GET()
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    with Stub({}) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Stub() as server:
         yield server
-        server.shutdown()
 
 
 def session() -> requests.Session:
@@ -215,7 +186,7 @@ def test_a_reload_names_the_directory_and_empties_the_cache(stub: Stub) -> None:
 
 def test_a_cache_that_stays_is_an_error(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    stub.answers = {"/collective_rpc": (200, {}), "/reset_prefix_cache": (200, {"success": False})}
+    stub.answers = {"/collective_rpc": (200, {"results": [None]}), "/reset_prefix_cache": (200, {"success": False})}
     with pytest.raises(RuntimeError, match="prefix cache.*--no-enable-prefix-caching"):
         reload_weights(session(), stub.url, Path("/checkpoint"))
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 from hub_run import REFUSING, REPOSITORY
 from hub_stand_in import HubStandIn
@@ -21,26 +22,7 @@ from transformers import AutoModelForCausalLM
 RUN = SUPPORT / "hub_run.py"
 
 # As `dc-trl evaluate` writes them; the figures are made up.
-RESULT = {
-    "benchmark": "aime24",
-    "title": "AIME 2024",
-    "dataset": "HuggingFaceH4/aime_2024",
-    "config": None,
-    "split": "train",
-    "metric": "avg@32",
-    "samples": 32,
-    "limit": None,
-    "temperature": 0.7,
-    "top_p": 1.0,
-    "max_tokens": 32768,
-    "engine": "vllm",
-    "precision": "bf16",
-    "settings": "0123456789",
-    "time": "2026-11-21T10:00:00+00:00",
-    "mean": 0.1234,
-    "stderr": 0.0123,
-    "problems": 30,
-}
+RESULT = hostile.RESULT | {"title": "AIME 2024", "precision": "bf16", "mean": 0.1234, "stderr": 0.0123}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +46,8 @@ def pushed(hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     folder = tmp_path_factory.mktemp("pushed")
     results = folder / "run" / "evaluation" / "results.jsonl"
     results.parent.mkdir(parents=True)
-    results.write_text(json.dumps(RESULT) + "\n")
+    lines = [json.dumps(RESULT).encode(), *(line for line, _ in hostile.BAD_RESULTS.values())]  # stop no push
+    results.write_bytes(b"\n".join(lines) + b"\n")
     client(hub, folder, str(RUN), str(folder))
     return folder, json.loads((folder / "result.json").read_text())
 

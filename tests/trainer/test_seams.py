@@ -88,7 +88,7 @@ SEAMS = {
         "temperature",
         "vllm_client",
     },
-    "VLLMClient": {"get_server_info", "session"},
+    "VLLMClient": {"_get", "_post", "base_url", "check_server", "get_server_info", "session"},
     "DistributedBackend": {"fsdp_version", "gather_params", "is_zero3"},
     "TrlParser": {"_actions"},
     ELSEWHERE: {

@@ -3,7 +3,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 from dc_trl.commands.evaluate.benchmarks import BENCHMARKS, Benchmark
 from dc_trl.commands.evaluate.table import results_table
 from dc_trl.commands.usage import UsageError, model_directory
+from dc_trl.records.json_lines import parse_json
 
 _LOCAL_SAMPLES = 4
 
@@ -188,7 +188,7 @@ def _positive(text: str) -> int:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
     if not isinstance(value, dict):

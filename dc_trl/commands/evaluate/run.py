@@ -179,9 +179,9 @@ def load_judge() -> Judge:
     """math-verify in processes of its own: the verdict on each text; None where the gold cannot be parsed.
 
     Raises:
-        UsageError: math-verify is not installed.
+        UsageError: math-verify is not installed, or does not work.
     """
-    from dc_trl.tasks.rewards import MathAccuracyReward
+    from dc_trl.tasks.rewards import REWARDS, MathAccuracyReward
 
     try:
         reward = MathAccuracyReward()
@@ -189,7 +189,8 @@ def load_judge() -> Judge:
         raise UsageError(str(error)) from error
 
     def judge(texts: list[str], golds: list[str]) -> list[bool | None]:
-        return [None if value is None else value == 1.0 for value in reward(texts, golds)] if texts else []
+        rewards = (REWARDS[verdict] for verdict in reward.verdicts(texts, golds))
+        return [None if value is None else value == 1.0 for value in rewards]
 
     return judge
 

@@ -18,11 +18,17 @@ from tqdm import tqdm
 from dc_trl.commands.evaluate.benchmarks import Problem, short_hash
 from dc_trl.commands.evaluate.engines import Completion, Engine, Request
 from dc_trl.commands.usage import UsageError
-from dc_trl.records.json_lines import append_lines, mend_end
+from dc_trl.records.json_lines import append_lines, mend_end, numbered_lines, parse_json
 
 # Right, wrong, or None: the gold answer cannot be parsed.
 Judge = Callable[[list[str], list[str]], list[bool | None]]
 Record = dict[str, Any]
+
+# What is read of a recorded sample.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **{"problem": (int,), "hash": (str,), "sample": (int,), "tokens": (int,)},
+    **{"truncated": (bool,), "correct": (bool, type(None))},
+}
 
 # Samples judged and written at once: what a crash can lose.
 _JUDGED_TOGETHER = 16
@@ -72,19 +78,20 @@ class SampleFile:
         self._lock.release()
 
     def _read(self, settings: dict[str, Any]) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        lines = list(numbered_lines(self.path)) if self.path.is_file() else []
         if not lines:
             append_lines(self.path, [{"settings": settings}])
-        for number, line in enumerate(lines, start=1):
+        for place, (number, line) in enumerate(lines):
             try:
-                record = json.loads(line)
-                if number > 1:
+                record = parse_json(line)
+                if place > 0:
+                    _check_sample(record)
                     self._keep(record)
                 elif record["settings"] != json.loads(json.dumps(settings)):
                     raise ValueError("other settings")
             except (ValueError, KeyError, TypeError) as error:
-                what = "a sample" if number > 1 else "this run's settings"
-                way_out = "Remove that line: its sample is drawn again" if number > 1 else "Move the file away"
+                what = "a sample" if place > 0 else "this run's settings"
+                way_out = "Remove that line: its sample is drawn again" if place > 0 else "Move the file away"
                 raise UsageError(f"line {number} of {self.path} is not {what} ({error!r}). {way_out}.") from error
 
     def get(self, draw: Draw) -> Record | None:
@@ -99,6 +106,13 @@ class SampleFile:
 
     def _keep(self, record: Record) -> None:
         self._records[record["problem"], record["hash"], record["sample"]] = record
+
+
+def _check_sample(record: Record) -> None:
+    """Raises an error that names the field which is missing, or holds another value than was written."""
+    for name, kinds in _FIELDS.items():
+        if type(record[name]) not in kinds:
+            raise ValueError(f"its {name!r} is {record[name]!r}")
 
 
 def planned_draws(problems: list[Problem], samples: int, seed: int) -> list[Draw]:

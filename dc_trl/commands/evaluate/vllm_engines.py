@@ -10,10 +10,13 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dc_trl.commands.evaluate.engines import Completion, Request, Sampling, longest_context, precision_label
 from dc_trl.commands.usage import UsageError
+
+if TYPE_CHECKING:
+    from dc_trl.rollouts.server_answers import Answer
 
 
 @dataclass
@@ -112,37 +115,51 @@ class ServerEngine:
     def __post_init__(self) -> None:
         import requests
 
+        from dc_trl.rollouts.server_answers import refuse_redirects
         from dc_trl.rollouts.vllm_server import PatientAdapter
 
         self.base_url = self.base_url.rstrip("/").removesuffix("/v1")
         self._session = requests.Session()
+        refuse_redirects(self._session)
         adapter = PatientAdapter(self.timeout)
         adapter.init_poolmanager(1, self.concurrency)  # or connections beyond 64 are closed after each request
+        served = self._ask_for_models()
         self._session.mount(self.base_url, adapter)
-        try:
-            answer = requests.get(f"{self.base_url}/v1/models", timeout=self.timeout)
-            answer.raise_for_status()
-            served = [card for card in answer.json()["data"] if not card.get("parent")]
-        except (requests.RequestException, ValueError, KeyError) as error:
-            raise UsageError(
-                f"no vLLM server answers at {self.base_url} ({error}). Start one with `python -m "
-                "vllm.entrypoints.openai.api_server --model MODEL`, and check --server_base_url."
-            ) from error
         named = [card for card in served if self.model in (card["id"], card.get("root"))] or served
         if len(named) != 1:
             names = ", ".join(card["id"] for card in served)
             raise UsageError(f"the server serves {names}: set --model_name_or_path to one of them.")
-        if "max_model_len" not in named[0]:
-            raise UsageError(f"the server at {self.base_url} does not say its max_model_len: it must be vLLM's.")
         self._served = named[0]["id"]
-        self.context = int(named[0]["max_model_len"])
+        context = named[0].get("max_model_len")
+        if type(context) is not int or context < 1:
+            raise UsageError(
+                f"the server at {self.base_url} does not say its max_model_len (it says {ascii(context)[:80]}): it "
+                "must be vLLM's."
+            )
+        self.context = context
         self.options = {"served": self._served, "root": named[0].get("root")}
+
+    def _ask_for_models(self) -> list[dict[str, Any]]:
+        import requests
+
+        from dc_trl.rollouts.server_answers import Answer, ServerAnswerError, served_models
+
+        try:
+            response = self._session.get(f"{self.base_url}/v1/models", timeout=self.timeout)
+            return served_models(Answer.of(response, "the served models were"))
+        except ServerAnswerError as error:
+            raise UsageError(f"{error} The address is --server_base_url.") from error
+        except requests.RequestException as error:
+            raise UsageError(
+                f"no vLLM server answers at {self.base_url} ({error}). Start one with `python -m "
+                "vllm.entrypoints.openai.api_server --model MODEL`, and check --server_base_url."
+            ) from error
 
     def complete(self, requests: list[Request], max_tokens: int) -> Iterator[tuple[int, Completion]]:
         """As `Engine.complete`.
 
         Raises:
-            ConnectionError: the server is gone, or refused a request.
+            ConnectionError: the server is gone, refused a request, or answered something else.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
@@ -177,6 +194,8 @@ class ServerEngine:
     def _draw(self, request: Request, max_tokens: int) -> Completion:
         import requests
 
+        from dc_trl.rollouts.server_answers import Answer
+
         body = {
             "model": self._served,
             "prompt": request.prompt,
@@ -190,14 +209,26 @@ class ServerEngine:
             "repetition_penalty": 1.0,
         }
         try:
-            answer = self._session.post(f"{self.base_url}/v1/completions", json=body)
+            response = self._session.post(f"{self.base_url}/v1/completions", json=body)
         except requests.RequestException as error:
             raise ConnectionError(f"the vLLM server at {self.base_url} failed: {error}") from error
-        if not answer.ok:
-            raise ConnectionError(f"the vLLM server refused a request ({answer.status_code}): {answer.text[:1000]}")
-        reply = answer.json()
-        choice = reply["choices"][0]
-        return Completion(choice["text"], reply["usage"]["completion_tokens"], _was_truncated(choice["finish_reason"]))
+        return _completion(Answer.of(response, "a completion was"))
+
+
+def _completion(answer: "Answer") -> Completion:
+    """The one completion of a `/v1/completions`.
+
+    Raises:
+        ServerAnswerError: it lacks what is read of it, or was not ended by its end or by the token limit.
+    """
+    count = len(answer.field("choices", kind=list))
+    if count != 1:
+        raise answer.error(f"has {count} choices instead of 1")
+    text = answer.field("choices", 0, "text", kind=str)
+    reason = answer.field("choices", 0, "finish_reason", kind=str)
+    if reason not in ("stop", "length"):
+        raise answer.error(f"ended it with {ascii(reason)[:80]}, not with stop or length")
+    return Completion(text, answer.field("usage", "completion_tokens", kind=int), _was_truncated(reason))
 
 
 def _was_truncated(finish_reason: str | None) -> bool:

@@ -90,9 +90,16 @@ def _head(runs: list[Run]) -> str:
         return f"<h1>{len(runs)} runs compared</h1>"
     run = runs[0]
     facts = {"model": run.start.get("model"), "constraint": run.settings.get("constraint")}
-    facts["engine"] = engine_name(run.settings) if run.settings else ""
+    facts["engine"] = _engine(run.settings) if run.settings else ""
     chips = "".join(f"<li><span>{name}</span> {escaped(value)}</li>" for name, value in facts.items() if value)
     return f'<h1>{escaped(run.name)}</h1><ul class="chips">{chips}</ul>'
+
+
+def _engine(settings: dict[str, Any]) -> str:
+    try:
+        return engine_name(settings)
+    except (ValueError, TypeError, AttributeError):  # settings that no configuration would have
+        return "not known"
 
 
 def _summary(runs: list[Run], ages: list[float]) -> str:

@@ -72,8 +72,8 @@ class _Log:
             raise ValueError("it holds no token")
         table = table.sort_by([("completion", "ascending"), ("position", "ascending")])
         columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("token", "prompt")}
-        columns |= {"pi": np.exp(columns["train_logp"]), "mu": np.exp(columns["sampling_logp"])}
-        with np.errstate(invalid="ignore"):  # -inf on both sides
+        with np.errstate(invalid="ignore", over="ignore"):  # -inf on both sides; "log-probs" of any size
+            columns |= {"pi": np.exp(columns["train_logp"]), "mu": np.exp(columns["sampling_logp"])}
             columns["log_ratio"] = columns["train_logp"] - columns["sampling_logp"]
         starts, group = np.unique(columns["completion"], return_index=True, return_inverse=True)[1:]
         return cls(columns, table["token"].cast(pa.string()), table["prompt"].cast(pa.string()), group, starts)
@@ -118,8 +118,8 @@ def token_view(folders: list[Path], runs: list[Run], wanted: int | None = None) 
     budget = TOKENS // max(planned, 1)
     for index, (run, paths) in enumerate(zip(runs, available, strict=True)):
         metric = visible(str(run.settings.get("discrepancy_metric", "prob_diff")), NAME_LIMIT)
-        for step, log in _chosen(paths, wanted, view.notes):
-            view.steps.append({"run": index, "step": step, "metric": metric} | _step(log, budget))
+        for step, shown in _chosen(paths, wanted, budget, view.notes):
+            view.steps.append({"run": index, "step": step, "metric": metric} | shown)
     if wanted is not None and not view.steps:
         steps = sorted({step for paths in available for step in paths})[-TOP:]
         there = ", ".join(map(str, steps)) or "none (train with `log_tokens=True`)"
@@ -129,12 +129,15 @@ def token_view(folders: list[Path], runs: list[Run], wanted: int | None = None) 
 
 def token_logs(folder: Path) -> dict[int, Path]:
     """The token logs of a run by their step, newest first."""
-    names = ((re.fullmatch(r"tokens_(\d+)\.parquet", path.name), path) for path in (folder / FOLDER).glob("*"))
+    pattern = re.compile(r"tokens_(\d{1,15})\.parquet", re.ASCII)  # a number with more digits is no step
+    names = ((pattern.fullmatch(path.name), path) for path in (folder / FOLDER).glob("*"))
     return dict(sorted(((int(match[1]), path) for match, path in names if match), reverse=True))
 
 
-def _chosen(paths: dict[int, Path], wanted: int | None, notes: list[str]) -> Iterator[tuple[int, _Log]]:
-    """Reads the wanted steps one by one; where a file cannot be read, the next older one stands for it."""
+def _chosen(
+    paths: dict[int, Path], wanted: int | None, budget: int, notes: list[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Reads the wanted steps one by one; where a file cannot be shown, the next older one stands for it."""
     steps = [step for step in paths if wanted in (None, step)]
     done: set[int] = set()
     for place in np.unique(np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)):
@@ -142,13 +145,14 @@ def _chosen(paths: dict[int, Path], wanted: int | None, notes: list[str]) -> Ite
             if step in done:
                 break
             try:
-                log = _Log.read(paths[step])
-            except (ValueError, OSError, KeyError) as error:  # Arrow's errors are of the first two kinds
-                note = f"{paths[step]} was left out: {str(error).splitlines()[0]}. It may not be complete yet."
+                shown = _step(_Log.read(paths[step]), budget)
+            except Exception as error:  # Arrow and NumPy raise most kinds on a damaged file: the page is made without
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                note = f"{paths[step]} was left out: {reason}. It may not be complete yet."
                 notes += [note] if note not in notes else []
                 continue
             done.add(step)
-            yield step, log
+            yield step, shown
             break
 
 

@@ -14,7 +14,8 @@ def train_command(argv: Sequence[str]) -> int:
     """`dc-trl train`: checks the arguments, then launches, plans or trains. Returns the exit status.
 
     Raises:
-        UsageError: for unknown options, and for files that do not exist, before any model or data loads.
+        UsageError: for unknown options, and for files that do not exist, before any model or data loads; during
+            training, for data without usable gold answers.
     """
     line = CommandLine.read(argv, make_parser())
     if line.must_launch and not line.options.dry_run:
@@ -23,7 +24,7 @@ def train_command(argv: Sequence[str]) -> int:
     import torch
 
     from dc_trl.commands.train import run
-    from dc_trl.tasks.rewards import load_rewards
+    from dc_trl.tasks.rewards import GoldAnswerError, load_rewards
 
     arguments = line.arguments
     if line.options.dry_run and not torch.accelerator.is_available():
@@ -38,7 +39,10 @@ def train_command(argv: Sequence[str]) -> int:
             data, eval_data = run.load_data(script, training.eval_strategy != "no")
     except (ValueError, ImportError, OSError) as error:  # wrong values, missing packages, files that do not load
         raise UsageError(str(error)) from error
-    run.train(training, model, rewards, data, eval_data)
+    try:
+        run.train(training, model, rewards, data, eval_data)
+    except GoldAnswerError as error:
+        raise UsageError(str(error)) from error
     return 0
 
 

@@ -36,9 +36,12 @@ class VLLMServer(Engine):
     def build(self, trainer: Any, args: Any) -> Any:
         """The one that `GRPOTrainer` built, whose weights are rounded and measured on their way."""
         from dc_trl.rollouts.handover import hand_over, handover_for
+        from dc_trl.rollouts.server_answers import refuse_redirects
         from dc_trl.rollouts.sync_rounding import choose_dither
 
         engine = trainer.vllm_generation
+        if trainer.accelerator.is_main_process:  # the only one that talks to the server
+            refuse_redirects(engine.vllm_client.session)
         hand_over(engine, handover_for(engine, choose_dither(args, trainer.accelerator)))
         return engine
 

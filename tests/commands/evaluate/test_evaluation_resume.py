@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import BAD_LINES
 from known_engine import SUMS, KnownEngine, evaluate, sample_files
 from problems import write_rows
 from tiny import save_tiny_policy
 
 from dc_trl.commands.evaluate.benchmarks import Benchmark, load_problems
 from dc_trl.commands.evaluate.engines import Completion, Request
-from dc_trl.commands.evaluate.sampling import planned_draws
+from dc_trl.commands.evaluate.sampling import SampleFile, planned_draws
+from dc_trl.commands.usage import UsageError
 from dc_trl.records.results import read_results
 from dc_trl.tasks.data import BOXED_TEMPLATE
+
+SAMPLE = {"problem": 0, "hash": "a", "sample": 0, "seed": 1, "tokens": 3, "truncated": False, "correct": True}
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -88,17 +92,6 @@ def test_a_changed_problem_is_drawn_again(engine: KnownEngine) -> None:
     assert len(read_results("policy")) == 1
 
 
-def test_results_of_a_crash_are_passed_over(tmp_path: Path) -> None:
-    assert read_results(tmp_path) == []
-    line = {"benchmark": "a", "settings": "1", "mean": 0.1}
-    lines = [line, line | {"mean": 0.2}, line | {"settings": "2"}, line | {"benchmark": "b"}]
-    path = write_rows(tmp_path / "evaluation" / "results.jsonl", lines)
-    path.write_text("null\n" + path.read_text() + '{"mean": 0.5}\ngarbage\n{"benchmark": "a", "set')
-    assert read_results(tmp_path) == [lines[1], lines[2], lines[3]]
-    path.write_text(path.read_text() + "\n" + json.dumps(line | {"mean": 0.3}))
-    assert read_results(tmp_path) == [lines[2], lines[3], line | {"mean": 0.3}]
-
-
 @pytest.mark.parametrize(
     ("number", "line", "message"),
     [
@@ -106,6 +99,7 @@ def test_results_of_a_crash_are_passed_over(tmp_path: Path) -> None:
         (1, "garbage", "is not this run's settings"),
         (3, "garbage", "is not a sample"),
         (3, '{"problem": 1}', "is not a sample (KeyError('hash')). Remove that line: its sample is drawn again"),
+        (3, "[1]", "is not a sample"),
     ],
 )
 def test_a_damaged_file_of_samples_is_refused_and_left_as_it_is(
@@ -122,6 +116,29 @@ def test_a_damaged_file_of_samples_is_refused_and_left_as_it_is(
     if number > 1:
         path.write_text("\n".join(lines[: number - 1] + lines[number:]) + "\n")
         assert evaluate() == 0 and len(engine.seen) == 13
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_sample_that_is_no_json_is_named(tmp_path: Path, place: int, name: str) -> None:
+    with SampleFile(tmp_path, "sums", {}) as file:
+        file.add([SAMPLE, SAMPLE | {"sample": 1}])
+    lines = file.path.read_bytes().splitlines()
+    lines[place] = BAD_LINES[name][0]
+    file.path.write_bytes(b"\n".join(lines) + b"\n")
+    what = "a sample" if place else "this run's settings"
+    with pytest.raises(UsageError, match=f"line {place + 1} of .* is not {what} .*{BAD_LINES[name][1]}"):
+        SampleFile(tmp_path, "sums", {})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("problem", []), ("tokens", "3"), ("truncated", None), ("correct", 1), ("hash", {})]
+)
+def test_a_sample_with_another_value_is_named(tmp_path: Path, field: str, value: Any) -> None:
+    with SampleFile(tmp_path, "sums", {}) as file:
+        write_rows(file.path, [{"settings": {}}, SAMPLE | {field: value}])
+    with pytest.raises(UsageError, match=f"line 2 of .* is not a sample .*its '{field}' is .*Remove that line"):
+        SampleFile(tmp_path, "sums", {})
 
 
 def test_an_interrupt_loses_nothing_that_was_drawn(engine: KnownEngine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import BAD_LINES, LARGE
 from plotly import graph_objects
 from report_pages import Page, report, surge_entries, traces, write_log
 from runs import dc_trainer, trl_trainer
 from transformers import TrainerCallback
 
+from dc_trl.commands.cli import main
 from dc_trl.commands.report.charts import COLORS, MAX_POINTS, points
 from dc_trl.commands.report.command import report_command
 from dc_trl.commands.report.panels import MAIN_PANELS, TAIL_PANELS
 from dc_trl.commands.usage import UsageError
-from dc_trl.records.run_log import Run
+from dc_trl.records.run_log import LARGEST_DRAWN, Run
 
 # Charts
 
@@ -60,6 +62,50 @@ def test_long_series_keep_their_spikes(tmp_path: Path) -> None:
 def test_integers_beyond_floats_are_gaps(tmp_path: Path) -> None:
     entries = [{"step": 1, "reward": 10**400}, {"step": 2, "reward": 0.5}]
     assert traces(report(write_log(tmp_path, entries)), "reward")["training"]["y"] == [None, 0.5]
+
+
+@pytest.mark.parametrize("value", LARGE)
+def test_values_near_what_a_float_can_hold_are_gaps(tmp_path: Path, value: float) -> None:
+    keys = {s.key for panel in (*MAIN_PANELS, *TAIL_PANELS) for row in panel.rows for s in row.series}
+    entries = [{"step": 1} | dict.fromkeys([*keys, "reward_std"], value), {"step": 2, "reward": 0.5, "reward_std": 1}]
+    write_log(tmp_path, entries)
+    page = report(tmp_path)
+    assert traces(page, "reward")["training"]["y"] == [None, 0.5]
+    for figure in page.data["figures"].values():
+        graph_objects.Figure(figure)
+
+
+def test_the_largest_values_that_are_drawn_do_not_overflow(tmp_path: Path) -> None:
+    entries = [{"step": step, "reward": LARGEST_DRAWN, "reward_std": LARGEST_DRAWN} for step in (1, 2)]
+    entries[1]["dc/discrepancy/mean"], entries[1]["dc/tolerance"] = LARGEST_DRAWN, 5e-324
+    page = report(write_log(tmp_path, entries))
+    assert traces(page, "reward")["band"]["y"] == [2e100, 2e100, 0.0, 0.0]
+    assert page.data["figures"]["reward"]["layout"]["yaxis"] == {"domain": [0.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rollout_backend": [], "use_vllm": {}, "constraint": {"a": [1]}, "discrepancy_metric": ["x"]},
+        {"rollout_backend": "vllm", "use_vllm": True, "vllm_mode": "colocate", "vllm_engine_kwargs": [1]},
+        {"rollout_backend": "vllm", "use_vllm": True, "vllm_mode": "server", "weight_sync": {}},
+    ],
+)
+def test_settings_that_no_configuration_would_have_are_shown(tmp_path: Path, settings: dict[str, Any]) -> None:
+    page = report(write_log(tmp_path, [{"step": 1, "reward": 0.5}], settings=settings))
+    assert "engine not known" in re.sub(r"\s+", " ", page.text)
+    assert str(settings["use_vllm"]) in page.words
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_log_with_a_bad_line_is_refused_with_file_and_line(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_log(tmp_path, [{"step": 1, "reward": 0.5}])
+    with (folder / "log.jsonl").open("ab") as file:
+        file.write(BAD_LINES[name][0] + b"\n")
+    assert main(["report", str(folder)]) == 2
+    assert f"line 3 of {folder / 'log.jsonl'} is not JSON" in capsys.readouterr().err
 
 
 def test_a_run_with_evaluations_only_is_drawn(tmp_path: Path) -> None:

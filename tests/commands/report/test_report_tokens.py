@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from dc_trl.commands.report.text import duration, embedded_json, label, number, 
 from dc_trl.commands.report.tokens import COMPLETIONS, TOKENS, token_view
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_log import read_run
+from dc_trl.records.token_log import SCHEMA
 
 # Tokens
 
@@ -153,6 +155,68 @@ def test_an_unreadable_token_log_is_replaced_by_the_one_before_it_with_a_note(tm
     page = report(folder)
     assert [step["step"] for step in page.data["steps"]] == [3]
     assert "tokens_00005.parquet was left out" in page.text
+
+
+def rewritten(path: Path, column: str, values: Any) -> None:
+    """Puts other values into a column of a token log."""
+    table = pq.read_table(path)
+    place, field = table.schema.get_field_index(column), table.schema.field(column)
+    values = values if isinstance(values, pa.Array) else pa.array(values, field.type)
+    pq.write_table(table.set_column(place, field, values), path)
+
+
+# Two strings, of the bytes ff and fe.
+NOT_UTF8 = pa.DictionaryArray.from_arrays(
+    pa.array([0, 1], pa.int32()),
+    pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(np.int32([0, 1, 2])), pa.py_buffer(b"\xff\xfe")]),
+)
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "overwritten": lambda path: path.write_bytes(b"PAR1" + bytes(path.stat().st_size - 8) + b"PAR1"),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+    "tokens not UTF-8": lambda path: rewritten(path, "token", NOT_UTF8),
+    "prompts not UTF-8": lambda path: rewritten(path, "prompt", NOT_UTF8),
+    "no rows": lambda path: pq.write_table(pq.read_table(path).slice(0, 0), path),
+    "a column twice": lambda path: pq.write_table(
+        pa.table([*pq.read_table(path).columns, pa.array([1, 2])], names=[*SCHEMA.names, "step"]), path
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("wanted", [None, 3])
+def test_one_bad_token_log_does_not_refuse_the_page(tmp_path: Path, name: str, wanted: int | None) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    write_tokens(folder, 3, sentence(0, ["a", "b"]))
+    DAMAGE[name](write_tokens(folder, 5, sentence(0, ["a", "b"])))
+    page = report(folder, step=wanted)
+    assert [step["step"] for step in page.data["steps"]] == [3]
+    assert ("tokens_00005.parquet was left out: " in page.text) == (wanted is None)
+    with pytest.raises(UsageError, match=r"no readable token log of step 5\."):
+        build_report([folder], 5)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        *(("completion", [-(2**31), 2**31 - 1]), ("position", [-1, -1]), ("token_id", [-5, 2**31 - 1])),
+        *(("train_logp", [3e38, -3e38]), ("discrepancy", [3e38, 3e38]), ("discrepancy", [-3e38, math.nan])),
+        *(("advantage", [math.inf, math.nan]), ("penalty", [3e38, -3e38]), ("valid", [False, False])),
+    ],
+)
+def test_values_that_no_run_would_write_are_shown(tmp_path: Path, column: str, values: list[Any]) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    rewritten(write_tokens(folder, 5, sentence(0, ["a", "b"])), column, values)
+    (step,) = report(folder).data["steps"]
+    assert step["total"]["tokens"] == 2
+
+
+def test_a_number_that_is_no_step_is_no_token_log(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    path = write_tokens(folder, 5, sentence(0, ["a"]))
+    path.rename(path.with_name(f"tokens_{'9' * 200}.parquet"))
+    assert report(folder).data["steps"] == []
 
 
 def test_a_step_without_tokens_is_refused_with_those_there_are(tmp_path: Path) -> None:
