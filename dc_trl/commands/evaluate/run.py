@@ -63,7 +63,11 @@ class Evaluation:
                 samples cannot be used.
         """
         if benchmark.problems and len(problems) != min(self.args.limit or benchmark.problems, benchmark.problems):
-            print(terminal(f"{benchmark.name}: {benchmark.dataset} has {len(problems)} problems, not {benchmark.problems}."))
+            print(
+                terminal(
+                    f"{benchmark.name}: {benchmark.dataset} has {len(problems)} problems, not {benchmark.problems}."
+                )
+            )
         prompts = {problem.index: self._tokens(problem) for problem in problems}
         max_tokens = self._room(benchmark, max(map(len, prompts.values())))
         limit = self.args.limit if len(problems) == self.args.limit else None
