@@ -120,6 +120,12 @@ class DCGRPOConfig(GRPOConfig):
         "How a vLLM server gets the weights: `nccl` (TRL's), or `disk`, through a checkpoint that it reloads.",
         choices=["nccl", "disk"],
     )
+    weight_sync_readers: str = _option(
+        "owner",
+        "Who may read the weights that `weight_sync='disk'` writes: `owner` (mode 0600), `group` (0640) or `all` (0644). "
+        "A server under another user needs one of the latter two.",
+        choices=["owner", "group", "all"],
+    )
     sync_rounding: str = _option(
         "auto",
         "How weights are rounded for the sampler: `nearest`, which loses updates of less than half a step of its "
@@ -219,6 +225,11 @@ class DCGRPOConfig(GRPOConfig):
                 f"`rollout_precision` is {self.rollout_precision!r} with vLLM, which takes its precision from the "
                 "server's or engine's own start-up options (for example `--quantization fp8`). Leave it unset, or "
                 "use `rollout_backend='transformers'`."
+            )
+        if not isinstance(self.vllm_engine_kwargs, dict | None):
+            raise ValueError(
+                f"`vllm_engine_kwargs` is a {type(self.vllm_engine_kwargs).__name__}: it must be a dict of arguments of "
+                "`vllm.LLM`, or one as JSON, such as '{\"quantization\": \"fp8\"}'."
             )
         if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):
             raise ValueError(

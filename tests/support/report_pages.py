@@ -8,28 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hostile_text import HOSTILE
 
 from dc_trl.commands.report.run import build_report
 from dc_trl.records.token_log import SCHEMA
-
-HOSTILE = [
-    "<script>window.pwned=1</script>",
-    "</script><img src=x onerror=window.pwned=1>",
-    '"><svg onload=window.pwned=1>',
-    "'onmouseover='window.pwned=1",
-    "</style></title></textarea><!--",
-    "--><script>window.pwned=1</script>",
-    "]]><script>window.pwned=1</script>",
-    "javascript:window.pwned=1",
-    '<a href="javascript:window.pwned=1">click</a>',
-    "line\u2028paragraph\u2029end",
-    "\u202egnp.exe\u2066\u200f",
-    "nul\x00bell\x07escape\x1b[31m",
-    "\ud800 alone",
-    "${window.pwned=1} `${window.pwned=1}` $title $$ %{x} %(s)s {0}",
-    "&lt;script&gt; &amp; &#60;b&#62;",
-]
-
 
 def write_log(folder: Path, entries: list[dict[str, Any]], **start: Any) -> Path:
     """A run directory whose log holds a start and these entries."""

@@ -17,6 +17,7 @@ from dc_trl.records.card.series import DISCREPANCY, series
 from dc_trl.records.results import newest_results, read_results, score
 from dc_trl.records.text import markdown
 from dc_trl.rollouts.engines import engine_name
+from dc_trl.rollouts.shown import shown
 
 CARD = "README.md"
 CURVES = "curves.png"
@@ -133,7 +134,7 @@ def with_section(card: str, section: str) -> str:
 
 
 def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float, rounding: str | None) -> str:
-    corrected = args.vllm_importance_sampling_correction
+    corrected, mode = args.vllm_importance_sampling_correction, args.vllm_importance_sampling_mode
     rows = {
         "constraint": args.constraint,
         "discrepancy metric, level, average": f"{args.discrepancy_metric}, {args.discrepancy_level}, "
@@ -143,7 +144,7 @@ def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float, ro
         "dual learning rate": args.dual_lr,
         "rollout engine": engine_name(vars(args)),
         "rounding at the weight sync": _rounding(args, rounding),
-        "importance sampling": args.vllm_importance_sampling_mode if corrected else "none",
+        "importance sampling": shown("vllm_importance_sampling_mode", mode) if corrected else "none",
         "length-decay": args.length_decay,
         "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
         "learning rate, schedule": f"{args.learning_rate}, {SchedulerType(args.lr_scheduler_type).value}",

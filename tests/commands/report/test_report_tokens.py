@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from plotly import graph_objects
 from plotly.offline import get_plotlyjs
-from report_pages import HOSTILE, hostile_run, report, sentence, surge_entries, write_log, write_tokens
+from hostile_text import HOSTILE
+from report_pages import hostile_run, report, sentence, surge_entries, write_log, write_tokens
 
 from dc_trl.commands.report.run import build_report
 from dc_trl.commands.report.text import duration, embedded_json, label, number
