@@ -122,8 +122,8 @@ class DCGRPOConfig(GRPOConfig):
     )
     weight_sync_readers: str = _option(
         "owner",
-        "Who may read the weights that `weight_sync='disk'` writes: `owner` (mode 0600), `group` (0640) or `all` (0644). "
-        "A server under another user needs one of the latter two.",
+        "Who may read the weights that `weight_sync='disk'` writes: `owner` (mode 0600), `group` (0640) or `all` "
+        "(0644). A server under another user needs one of the latter two.",
         choices=["owner", "group", "all"],
     )
     sync_rounding: str = _option(
@@ -228,8 +228,8 @@ class DCGRPOConfig(GRPOConfig):
             )
         if not isinstance(self.vllm_engine_kwargs, dict | None):
             raise ValueError(
-                f"`vllm_engine_kwargs` is a {type(self.vllm_engine_kwargs).__name__}: it must be a dict of arguments of "
-                "`vllm.LLM`, or one as JSON, such as '{\"quantization\": \"fp8\"}'."
+                f"`vllm_engine_kwargs` is a {type(self.vllm_engine_kwargs).__name__}: it must be a dict of arguments "
+                'of `vllm.LLM`, or one as JSON, such as \'{"quantization": "fp8"}\'.'
             )
         if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):
             raise ValueError(

@@ -46,7 +46,8 @@ def test_markdown_after_other_words_is_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["prob_diff, token, trajectory", "Qwen/Qwen3-0.6B", "vLLM colocated (kv_cache_dtype=fp8)", "0.7, 1.0", "-0.5"]
+    "name",
+    ["prob_diff, token, trajectory", "Qwen/Qwen3-0.6B", "vLLM colocated (kv_cache_dtype=fp8)", "0.7, 1.0", "-0.5"],
 )
 def test_names_and_numbers_are_left_as_they_are(name: str) -> None:
     assert markdown(name) == name == terminal(name) == escaped(name)

@@ -12,7 +12,13 @@ TOKEN = "hf_" + "q" * 34
 
 
 def test_numbers_switches_and_known_words_are_shown() -> None:
-    given = {"quantization": "fp8", "kv_cache_dtype": "fp8", "enforce_eager": True, "max_model_len": 4096, "seed": None}
+    given = {
+        "quantization": "fp8",
+        "kv_cache_dtype": "fp8",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "seed": None,
+    }
     assert shown("vllm_engine_kwargs", given) == given
     assert mark("vllm_engine_kwargs", given) is None
     assert shown("lr_scheduler_type", IntervalStrategy.STEPS) == "steps"
@@ -53,7 +59,9 @@ def test_hidden_settings_are_told_apart_but_for_their_secrets() -> None:
 def test_texts_under_the_name_of_a_secret_are_no_part_of_the_whole(name: str) -> None:
     assert without_secrets(name, TOKEN) == HIDDEN
     assert without_secrets("any", {"a": [{name: TOKEN}]}) == {"a": [{name: HIDDEN}]}
-    assert without_secrets(name, None) is None and without_secrets(name, "") == "" and without_secrets(name, True) is True
+    assert (
+        without_secrets(name, None) is None and without_secrets(name, "") == "" and without_secrets(name, True) is True
+    )
 
 
 @pytest.mark.parametrize("name", ["log_tokens", "include_num_input_tokens_seen", "tokenizer", "monkey", "author"])
@@ -64,7 +72,10 @@ def test_other_names_stay(name: str) -> None:
 def test_the_whole_keeps_its_types_and_loses_credentials_of_addresses() -> None:
     kept = object()
     assert without_secrets("any", (kept, 1, "text")) == (kept, 1, "text")
-    assert without_secrets("proxy", f"http://me:{TOKEN}@host:1/x, https://{TOKEN}@other") == "http://host:1/x, https://other"
+    assert (
+        without_secrets("proxy", f"http://me:{TOKEN}@host:1/x, https://{TOKEN}@other")
+        == "http://host:1/x, https://other"
+    )
 
 
 @pytest.mark.parametrize(

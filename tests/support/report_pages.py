@@ -13,6 +13,7 @@ from hostile_text import HOSTILE
 from dc_trl.commands.report.run import build_report
 from dc_trl.records.token_log import SCHEMA
 
+
 def write_log(folder: Path, entries: list[dict[str, Any]], **start: Any) -> Path:
     """A run directory whose log holds a start and these entries."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,13 @@ def test_a_push_sends_the_model_and_its_card_and_not_the_run(hub: HubStandIn, pu
 
 def test_what_is_sent_is_chosen_by_a_list(tmp_path: Path) -> None:
     sent = {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
-    sent |= {"vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tool.jinja", "own [1].vocab"}
+    sent |= {
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "own [1].vocab",
+    }
     others = {"deployed/model.safetensors", "report.html", "report-1.html", "notes.md", "train.py", "summary.json"}
     others |= {"tokens-1/tokens_00001.parquet", "log-1.jsonl", "calibration.json", "evaluation/samples/a.jsonl"}
     others |= {"_weight_sync/policy-00000001/model-00001.safetensors", "checkpoint-1/model.safetensors", ".env"}

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import pyarrow.parquet as pq
+import pytest
 import torch
 from hub_stand_in import TOKEN, HubStandIn
 from places import ROOT, SUPPORT

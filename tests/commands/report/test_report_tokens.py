@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile_text import HOSTILE
 from plotly import graph_objects
 from plotly.offline import get_plotlyjs
-from hostile_text import HOSTILE
 from report_pages import hostile_run, report, sentence, surge_entries, write_log, write_tokens
 
 from dc_trl.commands.report.run import build_report
