@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of what may be shown of a configuration: what is allowed, and what is forbidden."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from transformers import IntervalStrategy
 
 from dc_trl.rollouts.shown import HIDDEN, check_address, mark, shown, shown_address, without_secrets
@@ -99,3 +101,11 @@ def test_an_address_with_credentials_is_refused_without_saying_them() -> None:
         assert TOKEN not in str(raised.value)
     for address in ("http://host:1/a@b", "host", "", "0.0.0.0", "http://[::1]:1"):
         check_address("name", address)
+
+
+def test_what_it_advises_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("machine host login me password word")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    request = requests.Session().prepare_request(requests.Request("GET", "http://host:8000/health"))
+    assert request.headers["Authorization"] == requests.auth._basic_auth_str("me", "word")
