@@ -104,6 +104,7 @@ def test_the_whole_configuration_is_given_without_it(name: str) -> None:
     ("settings", "field"),
     [
         ({"vllm_engine_kwargs": {"hf_token": SECRET}}, "vllm_engine_kwargs"),
+        ({"vllm_engine_kwargs": f"hf_token={SECRET}"}, "vllm_engine_kwargs.*must be a dict"),
         ({"generation_kwargs": {"api_key": SECRET}, "rollout_backend": "transformers"}, "generation_kwargs"),
         ({"vllm_server_base_url": f"http://me:{SECRET}@host:8000"}, "vllm_server_base_url"),
         ({"vllm_server_host": f"me:{SECRET}@host"}, "vllm_server_host"),

@@ -124,7 +124,7 @@ def test_a_healthy_engine_gets_a_tolerance(calibrate: Any, recipe: Path, tmp_pat
 
 
 def test_secrets_of_a_recipe_are_written_nowhere(
-    calibrate: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     secret = "hf_" + "q" * 34
     monkeypatch.setenv("WANDB_API_KEY", "")  # `env:` sets it
@@ -133,11 +133,15 @@ def test_secrets_of_a_recipe_are_written_nowhere(
     values |= {"run_name": secret, "vllm_server_host": secret, "chat_template_kwargs": {"api_key": secret}}
     copy.write_text(yaml.safe_dump(values))
     before = copy.read_text()
-    run = calibrate("--config", str(copy), "--set", str(copy), "--problems", "4", precision="int4")
-    assert os.environ["WANDB_API_KEY"] == secret and run.found["discrepancy_tolerance"] is not None
-    assert secret not in run.output + "".join(capfd.readouterr())
-    assert not [path for path in run.folder.iterdir() if secret.encode() in path.read_bytes()]
-    assert copy.read_text().startswith(before) and secret not in copy.read_text().removeprefix(before)
+    options = ["--problems", "4", "--rollout_precision", "int4", "--output_dir", str(tmp_path / "out")]
+    assert main(["calibrate", "--config", str(copy), "--set", str(copy), *options]) == 0
+    assert os.environ["WANDB_API_KEY"] == secret
+    assert secret not in "".join(capfd.readouterr())
+    files = list((tmp_path / "out").iterdir())
+    assert len(files) == 2 and not [path for path in files if secret.encode() in path.read_bytes()]
+    assert copy.read_text().startswith(
+        f"{before}discrepancy_tolerance: "
+    ) and secret not in copy.read_text().removeprefix(before)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "fp8", "int3"])
