@@ -14,6 +14,7 @@ from dc_trl.rollouts.engines import BACKENDS, engine_of
 from dc_trl.rollouts.engines.base import Engine
 from dc_trl.rollouts.precisions import PRECISIONS
 from dc_trl.rollouts.sampling_options import ANY_ENGINE, IN_PROCESS, VLLM, check_decoding, objection
+from dc_trl.rollouts.shown import check_address, shown, without_secrets
 
 # Loss types that divide by the number of sequences, so that a dropped sequence must be taken out of the divisor.
 SEQUENCE_MEAN_LOSSES = ("grpo", "dr_grpo", "luspo", "sapo")
@@ -119,6 +120,12 @@ class DCGRPOConfig(GRPOConfig):
         "How a vLLM server gets the weights: `nccl` (TRL's), or `disk`, through a checkpoint that it reloads.",
         choices=["nccl", "disk"],
     )
+    weight_sync_readers: str = _option(
+        "owner",
+        "Who may read the weights that `weight_sync='disk'` writes: `owner` (mode 0600), `group` (0640) or `all` "
+        "(0644). A server under another user needs one of the latter two.",
+        choices=["owner", "group", "all"],
+    )
     sync_rounding: str = _option(
         "auto",
         "How weights are rounded for the sampler: `nearest`, which loses updates of less than half a step of its "
@@ -142,6 +149,20 @@ class DCGRPOConfig(GRPOConfig):
     def completion_limit(self) -> int:
         """Most tokens of a completion in the in-process engine, which needs a bound: if none is given, TRL's 256."""
         return 256 if self.max_completion_length is None else int(self.max_completion_length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as transformers gives them, among others to trackers; without secrets.
+
+        `vllm_engine_kwargs` is given as it is shown, see `dc_trl.rollouts.shown`.
+        """
+        fields = {name: without_secrets(name, value) for name, value in super().to_dict().items()}
+        return fields | {"vllm_engine_kwargs": shown("vllm_engine_kwargs", self.vllm_engine_kwargs)}
+
+    def __str__(self) -> str:
+        fields = (f"{name}={value!r},\n" for name, value in self.to_dict().items())
+        return f"{type(self).__name__}(\n{''.join(fields)})"
+
+    __repr__ = __str__
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,16 +226,24 @@ class DCGRPOConfig(GRPOConfig):
                 "server's or engine's own start-up options (for example `--quantization fp8`). Leave it unset, or "
                 "use `rollout_backend='transformers'`."
             )
+        if not isinstance(self.vllm_engine_kwargs, dict | None):
+            raise ValueError(
+                f"`vllm_engine_kwargs` is a {type(self.vllm_engine_kwargs).__name__}: it must be a dict of arguments "
+                'of `vllm.LLM`, or one as JSON, such as \'{"quantization": "fp8"}\'.'
+            )
         if self.vllm_engine_kwargs and not (self.use_vllm and self.vllm_mode == "colocate"):
             raise ValueError(
-                f"`vllm_engine_kwargs` is {self.vllm_engine_kwargs}, which only a colocated engine can take. Set "
-                "`use_vllm=True` and `vllm_mode='colocate'`, or start the server with these options."
+                f"`vllm_engine_kwargs` is {shown('vllm_engine_kwargs', self.vllm_engine_kwargs)}, which only a "
+                "colocated engine can take. Set `use_vllm=True` and `vllm_mode='colocate'`, or start the server with "
+                "these options."
             )
         if self.weight_sync == "disk" and not (self.use_vllm and self.vllm_mode == "server"):
             raise ValueError(
                 "`weight_sync` is 'disk', which serves a vLLM server only. Set `use_vllm=True` and "
                 "`vllm_mode='server'`, or leave it unset."
             )
+        for name in ("vllm_server_base_url", "vllm_server_host"):
+            check_address(name, getattr(self, name) or "")
         self._check_vespo()
 
     def _check_vespo(self) -> None:
@@ -307,7 +336,7 @@ class DCGRPOConfig(GRPOConfig):
         for name, option, value in given:
             refused = objection(option, value, engine, settings)
             if refused is not None:
-                raise ValueError(f"`{name}` is {value!r} with {cause}: {refused}")
+                raise ValueError(f"`{name}` is {without_secrets(option, value)!r} with {cause}: {refused}")
 
     def _check_loss(self) -> None:
         """What a (B, T) advantage would silently change is refused."""

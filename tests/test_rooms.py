@@ -186,8 +186,9 @@ def test_help_loads_nothing_that_it_does_not_need(arguments: list[str]) -> None:
     assert "dc_trl.commands.cli" in modules
     assert not HEAVY & modules
     others = {name for name in modules if name.startswith("dc_trl.") and not name.startswith("dc_trl.commands")}
-    # The names of engines and precisions, and of what an evaluation wrote: standard library only.
+    # The names of engines and precisions, what an evaluation wrote, how text is shown: standard library only.
     light = {"dc_trl.records", "dc_trl.records.results", "dc_trl.records.json_lines", "dc_trl.rollouts"}
+    light |= {"dc_trl.records.text"}
     light |= {"dc_trl.rollouts.precisions"}
     assert {name for name in others if not name.startswith("dc_trl.rollouts.engines")} <= light
 

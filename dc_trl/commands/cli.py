@@ -8,6 +8,7 @@ from importlib import import_module
 
 from dc_trl import __version__
 from dc_trl.commands.usage import UsageError
+from dc_trl.records.text import terminal
 
 # Name → (line of help, "module:function"). The function takes the arguments after the name, returns the exit status,
 # and raises `UsageError` for arguments that cannot be carried out.
@@ -48,5 +49,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(getattr(import_module(module), function)(argv[1:]))
     except UsageError as error:
-        print(f"dc-trl {command}: error: {error}", file=sys.stderr)
+        print(f"dc-trl {command}: error: {terminal(error, lines=True)}", file=sys.stderr)
         return 2

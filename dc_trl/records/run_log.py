@@ -6,7 +6,7 @@ Here each entry is one line, written when it is logged. A start of training is a
 the reader knows which entries a resumed run repeats.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from inspect import get_annotations
@@ -18,8 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from dc_trl.records.json_lines import append_lines, mend_end, numbered_lines, parse_json
+from dc_trl.records.text import terminal
 from dc_trl.records.token_log import FOLDER as TOKENS
 from dc_trl.records.whole_files import write_whole
+from dc_trl.rollouts.shown import shown
 
 logger = logging.get_logger(__name__)
 
@@ -54,12 +56,26 @@ _INHERITED_SETTINGS = (
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """The settings of a run by name: every field that a configuration of this package adds, and those listed above."""
+    """The settings of a run by name: every field that a configuration of this package adds, and those listed above.
+
+    As they may be shown, see `dc_trl.rollouts.shown`. Fields that say their choices hold one of them.
+    """
     own = [
         name for kind in type(args).__mro__ if kind.__module__.startswith("dc_trl.") for name in get_annotations(kind)
     ]
-    names = dict.fromkeys([*own, *_INHERITED_SETTINGS])
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return shown_settings(args, dict.fromkeys([*own, *_INHERITED_SETTINGS]))
+
+
+def shown_settings(args: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Fields of a configuration by name, as they may be shown; those that it does not have are left out."""
+    options = getattr(args, "__dataclass_fields__", {})
+    found = {}
+    for name in names:
+        if hasattr(args, name):
+            value = getattr(args, name)
+            closed = name in options and value in options[name].metadata.get("choices", ())
+            found[name] = value if closed else shown(name, value)
+    return found
 
 
 class RunLogCallback(TrainerCallback):
@@ -130,7 +146,7 @@ def _set_aside(folder: Path, own_from: int | None) -> None:
         tokens.rename(tokens_aside)
         moved.append(tokens_aside.name)
     if moved:
-        logger.warning("%s holds the log of an earlier run, which is now %s.", folder, " and ".join(moved))
+        logger.warning("%s holds the log of an earlier run, which is now %s.", terminal(folder), " and ".join(moved))
 
 
 def _numbered(folder: Path, number: int) -> tuple[Path, Path]:

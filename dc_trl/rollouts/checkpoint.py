@@ -8,6 +8,7 @@ in one step: a reader finds all of it or none. Safetensors hold numbers only; no
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import groupby
@@ -25,6 +26,9 @@ SHARD_BYTES = 4 * 2**30
 SYNC_FOLDER = "_weight_sync"
 """Where a trainer's checkpoints go in its output directory. transformers pushes nothing that starts with `_`."""
 
+READERS = {"owner": 0o600, "group": 0o640, "all": 0o644}
+"""Who may read the files of a checkpoint, and their mode. A directory of them may be entered by the same."""
+
 _NAME = re.compile(r"policy-(\d{8})")
 _BLOCK = re.compile(r".*?\.\d+\.")
 
@@ -36,7 +40,11 @@ def next_checkpoint(root: Path) -> Path:
 
 
 def write_checkpoint(
-    directory: Path, model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+    directory: Path,
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+    readers: str = "owner",
 ) -> None:
     """Write `weights` as `directory/model-*.safetensors`, all at once as far as readers can tell.
 
@@ -48,6 +56,8 @@ def write_checkpoint(
         model: the plain model, which knows how its checkpoints differ from its memory.
         weights: from `iter_policy_weights`, consumed whole.
         shard_bytes: size from which a file is closed and the next one begun.
+        readers: one of `READERS`, whatever the process's umask is. The directory above is theirs too if it is made
+            here; one that is there stays as it is.
 
     Raises:
         OSError: the directory exists, or cannot be written. At most a hidden `.tmp` directory is left behind, which
@@ -55,10 +65,22 @@ def write_checkpoint(
     """
     partial = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if not directory.parent.exists():
+        directory.parent.mkdir(parents=True)
+        _open_to(directory.parent, readers)
+    partial.mkdir()
     for number, shard in enumerate(_shards(_blocks(model, weights), shard_bytes), start=1):
-        save_file(shard, partial / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+        path = partial / f"model-{number:05d}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(READERS[readers])
+    _open_to(partial, readers)
     os.rename(partial, directory)
+
+
+def _open_to(directory: Path, readers: str) -> None:
+    """Lets those who may read its files enter a directory. Its group stays inherited where it is (setgid)."""
+    mode = READERS[readers]
+    directory.chmod((directory.stat().st_mode & stat.S_ISGID) | 0o700 | mode | (mode & 0o044) >> 2)
 
 
 def remove_old_checkpoints(root: Path, keep: int = 2) -> None:

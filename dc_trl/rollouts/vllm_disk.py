@@ -65,6 +65,7 @@ class VLLMDiskGeneration(VLLMGeneration):
         sync_dir: directory for the policy's checkpoints, which the server must find under the same absolute path.
             The last two are kept, until the end of `directory_in_use`.
         dither: rounds the weights to the dtype that the server reports; None has the server round to nearest.
+        readers: who may read the checkpoints, one of `dc_trl.rollouts.checkpoint.READERS`.
         **kwargs: as for `VLLMGeneration`; `mode` must be `"server"`.
 
     Raises:
@@ -72,11 +73,17 @@ class VLLMDiskGeneration(VLLMGeneration):
     """
 
     def __init__(
-        self, *args: Any, sync_dir: str | os.PathLike[str], dither: Dither | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        sync_dir: str | os.PathLike[str],
+        dither: Dither | None = None,
+        readers: str = "owner",
+        **kwargs: Any,
     ) -> None:
         self.sync_dir = Path(sync_dir).absolute()
         self._lock = lock_beside(self.sync_dir)
         self.dither = dither
+        self.readers = readers
         self.sync_metrics: dict[str, float] = {}
         super().__init__(*args, **kwargs)
 
@@ -97,6 +104,7 @@ class VLLMDiskGeneration(VLLMGeneration):
             generation_kwargs=args.generation_kwargs,
             sync_dir=Path(args.output_dir) / SYNC_FOLDER,
             dither=dither,
+            readers=args.weight_sync_readers,
             **{name: getattr(trainer, name) for name in _SAMPLING},
         )
 
@@ -141,7 +149,7 @@ class VLLMDiskGeneration(VLLMGeneration):
     def _send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         directory = next_checkpoint(self.sync_dir)
         policy = plain_model(self.model, self.accelerator)
-        write_checkpoint(directory, policy, self.handover.round(weights))
+        write_checkpoint(directory, policy, self.handover.round(weights), readers=self.readers)
         with explain_failure(self.base_url, f"loading the weights in {directory}, which it must be able to read"):
             reload_weights(self.vllm_client.session, self.base_url, directory)
         remove_old_checkpoints(self.sync_dir)

@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import GRPOTrainer
 
 from dc_trl.config import SEQUENCE_MEAN_LOSSES, DCGRPOConfig
 from dc_trl.estimators.advantage import rloo_advantages, zero_variance_groups
+from dc_trl.training.pushing_trainer import PushingTrainer
 
 # Advantages of `multi_objective_aggregation="normalize_then_sum"` have a standard deviation of 1 over the batch. Where
 # the normalised rewards of a group cancel, as a reward and its opposite do, rounding leaves 1e-7 or so. Our value.
 CANCELLED_ADVANTAGE = 1e-5
 
 
-class GroupEstimatorsTrainer(GRPOTrainer):
+class GroupEstimatorsTrainer(PushingTrainer):
     """GRPO with `advantage_estimator` and `zero_variance_groups` of [`DCGRPOConfig`].
 
     Both act on the scored generation batch, so they need no part of the loss:

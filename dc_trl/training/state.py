@@ -14,6 +14,7 @@ from dc_trl.constraint import DiscrepancyConstraint
 from dc_trl.records.json_lines import parse_json
 from dc_trl.records.whole_files import write_whole
 from dc_trl.rollouts.engines import engine_name
+from dc_trl.rollouts.shown import mark, shown
 from dc_trl.training.instruments import Instruments
 
 STATE_FILE = "dc_grpo_state.json"
@@ -49,9 +50,10 @@ def measured_with(trainer: Any) -> dict[str, Any]:
     """
     args, model = trainer.args, trainer.model
     rollout_func = getattr(trainer, "rollout_func", None)
-    values = {name: getattr(args, name, None) for name in _MEASURED_OPTIONS}
+    values = {name: _comparable(name, getattr(args, name, None)) for name in _MEASURED_OPTIONS}
     values |= {
         "engine": engine_name(vars(args)),
+        "engine_arguments": mark("vllm_engine_kwargs", args.vllm_engine_kwargs or {}),
         # Low-precision weights that are real where a library runs, and simulated elsewhere.
         "engine_quantization": getattr(getattr(trainer, "vllm_generation", None), "quantization", None),
         "rollout_func": rollout_func and getattr(rollout_func, "__qualname__", type(rollout_func).__name__),
@@ -61,6 +63,12 @@ def measured_with(trainer: Any) -> dict[str, Any]:
         "training_device": trainer.accelerator.device.type,
     }
     return dict(json.loads(json.dumps(values, default=str)))
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """A setting as it may be shown; where that hides something, with what tells it from another."""
+    known = mark(name, value)
+    return shown(name, value) if known is None else {"shown": shown(name, value), "mark": known}
 
 
 def write_state(checkpoint: Path, state: dict[str, Any]) -> None:

@@ -3,12 +3,16 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hostile import BAD_RESULTS, LARGE
+from hostile_text import HOSTILE
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from matplotlib import pyplot
 from PIL import Image
 
@@ -17,6 +21,7 @@ from dc_trl.records.card.curves import PANELS, save_curves
 from dc_trl.records.card.model_card import complete, copy_card, with_section
 from dc_trl.records.card.series import series
 from dc_trl.records.run_log import LARGEST_DRAWN
+from dc_trl.records.text import markdown, visible
 from dc_trl.rollouts.engines import engine_name
 
 # Of TRL's template, what matters here.
@@ -63,6 +68,7 @@ def write_result(
     stderr: float | None,
     limit: int | None = None,
     settings: str = "0",
+    **fields: str,
 ) -> None:
     result = {
         "benchmark": benchmark,
@@ -83,7 +89,7 @@ def write_result(
         "time": "2026-11-21T10:00:00+00:00",
         "mean": mean,
         "stderr": stderr,
-    }
+    } | fields
     path = folder / "evaluation" / "results.jsonl"
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:
@@ -273,3 +279,41 @@ def _reference(folder: Path) -> Path:
 )
 def test_every_engine_has_a_name(settings: dict[str, Any], name: str) -> None:
     assert engine_name(settings) == name
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_untrusted_text_stays_text_in_a_card(tmp_path: Path, text: str) -> None:
+    text = text.replace("\ud800", "?")  # no character, which no result has
+    write_result(tmp_path, "sums", 0.5, 0.02, title=text, engine=text, precision=text, time=text)
+    header = {"model_name": text, "base_model": text, "datasets": [text]}
+    linked = f"[{text}](https://huggingface.co/{text}) on the [{text}](https://huggingface.co/datasets/{text})"
+    card = ModelCard(
+        f"---\n{yaml.safe_dump(header)}---\n\n# Model Card for {text}\n\nA version of {linked} dataset.\n"
+    )
+    card.save(tmp_path / "README.md")
+    args = DCGRPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False)
+    log = [entry(1), {"step": 1, f"eval_rewards/{text}/mean": 0.5}]
+    complete(tmp_path, args, None, 0.1, None, log)
+    card = ModelCard.load(tmp_path / "README.md")
+    tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(card.text)
+    parts = [part for token in tokens if token.type == "inline" for part in token.children or []]
+    kinds = {part.type for part in parts} | {token.type for token in tokens}
+    assert not kinds & {"html_inline", "html_block", "strong_open", "em_open", "s_open"}
+    links = [str(part.attrs["href"]) for part in parts if part.type == "link_open"]
+    assert all(link.startswith("https://huggingface.co/") for link in links) and not (links and markdown(text) != text)
+    assert [part.attrs["src"] for part in parts if part.type == "image"] == ["curves.png"]
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    assert headings[1:] == [
+        "Discrepancy constraint",
+        "Final values, step 1",
+        "Evaluation during training, step 1",
+        "Benchmarks",
+        "Citations",
+    ]
+    assert headings[0] == f"Model Card for {markdown(text)}"
+    rows = [token.content for token in tokens if token.type == "inline" and visible(text) in _read(token)]
+    assert len(rows) >= 5  # in the heading, the sentence, the metric, and the row of the benchmark
+
+
+def _read(token: Any) -> str:
+    return "".join(part.content for part in token.children)

@@ -17,9 +17,11 @@ from hub_stand_in import HubStandIn
 from places import ROOT, SUPPORT
 from runs import PROMPTS, dc_trainer, replayed_rollouts
 from stub_server import Stub
+from tiny import tiny_model
 from transformers import TrainerCallback
 
 from dc_trl.records.run_log import read_run
+from dc_trl.rollouts.checkpoint import write_checkpoint
 
 HUB_RUN = SUPPORT / "hub_run.py"
 
@@ -147,6 +149,45 @@ def test_the_weights_are_not_pushed(server: Stub, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         (repository,) = hub.repositories.values()
     assert len(loaded(server)) == 3 and len(repository.commits) >= 3
-    assert {"model.safetensors", "log.jsonl"} <= set(repository.files)
+    assert "model.safetensors" in repository.files and "log.jsonl" not in repository.files
     pushed = {path for commit in repository.commits for path in commit.files}
     assert not [path for path in pushed if "policy-" in path or "lock" in path]
+
+
+@pytest.mark.parametrize(
+    ("readers", "file", "folder"), [("owner", 0o600, 0o700), ("group", 0o640, 0o750), ("all", 0o644, 0o755)]
+)
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_weights_are_for_those_who_may_read_them(
+    tmp_path: Path, readers: str, file: int, folder: int, umask: int
+) -> None:
+    root = tmp_path / "run" / "_weight_sync"
+    model = tiny_model()
+    before = os.umask(umask)
+    try:
+        write_checkpoint(root / "policy-00000001", model, model.state_dict().items(), readers=readers)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [root, *root.rglob("*")]}
+    assert modes == {"_weight_sync": folder, "policy-00000001": folder, "model-00001.safetensors": file}
+
+
+def test_a_directory_that_is_there_keeps_its_mode_and_hands_its_group_on(tmp_path: Path) -> None:
+    model = tiny_model()
+    tmp_path.chmod(0o2711)
+    write_checkpoint(tmp_path / "policy-00000001", model, model.state_dict().items(), readers="group")
+    assert tmp_path.stat().st_mode & 0o7777 == 0o2711
+    assert (tmp_path / "policy-00000001").stat().st_mode & 0o7777 == 0o2750
+
+
+def test_a_run_writes_weights_for_the_readers_of_its_configuration(server: Stub, tmp_path: Path) -> None:
+    modes = []
+    trainer = synced_trainer(
+        tmp_path,
+        server,
+        max_steps=1,
+        weight_sync_readers="group",
+        callbacks=[AtStepEnd(lambda: modes.extend(path.stat().st_mode & 0o777 for path in left(tmp_path)))],
+    )
+    trainer.train()
+    assert modes == [0o640]

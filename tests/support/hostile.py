@@ -4,25 +4,6 @@
 import json
 from typing import Any
 
-TEXTS = [
-    "<script>window.pwned=1</script>",
-    "</script><img src=x onerror=window.pwned=1>",
-    '"><svg onload=window.pwned=1>',
-    "'onmouseover='window.pwned=1",
-    "</style></title></textarea><!--",
-    "--><script>window.pwned=1</script>",
-    "]]><script>window.pwned=1</script>",
-    "javascript:window.pwned=1",
-    '<a href="javascript:window.pwned=1">click</a>',
-    "line\u2028paragraph\u2029end",
-    "\u202egnp.exe\u2066\u200f",
-    "nul\x00bell\x07escape\x1b[31m",
-    "\ud800 alone",
-    "${window.pwned=1} `${window.pwned=1}` $title $$ %{x} %(s)s {0}",
-    "&lt;script&gt; &amp; &#60;b&#62;",
-]
-"""Texts that act, hide or move others where they are taken for more than text."""
-
 DEEP = "[" * 100_000 + "]" * 100_000
 """JSON that takes the stack of parsers: one of them ends the process."""
 

@@ -28,6 +28,8 @@ def push(folder: Path) -> dict[str, Any]:
         save_steps=3,
         eval_dataset=PROMPTS.select(range(8)),
         tolerance_calibration_batches=2,
+        log_tokens=True,
+        hub_always_push=True,
     )
     trainer.train()
     trainer.evaluate()

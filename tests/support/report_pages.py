@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hostile import TEXTS as HOSTILE
+from hostile_text import HOSTILE
 
 from dc_trl.commands.report.run import build_report
 from dc_trl.records.token_log import SCHEMA

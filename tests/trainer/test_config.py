@@ -39,6 +39,7 @@ OURS = [
     ("dual_lr", -1.0, "≥ 0"),
     ("weight_sync", "disk", "use_vllm=True"),
     ("vllm_engine_kwargs", {"quantization": "fp8"}, "vllm_mode='colocate'"),
+    ("weight_sync_readers", "everybody", "all"),
     ("length_decay_period", 0, "1 or more"),
     ("length_decay_factor", -1.8, "1.8"),
     ("length_decay_min_lr_ratio", 0.0, "0.1"),

@@ -3,11 +3,13 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hostile
@@ -19,7 +21,13 @@ from PIL import Image
 from places import ROOT, SUPPORT
 from transformers import AutoModelForCausalLM
 
+from dc_trl.training.pushing_trainer import files_to_send
+
 RUN = SUPPORT / "hub_run.py"
+
+# What a push of the tiny policy consists of.
+MODEL = {"README.md", "curves.png", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+MODEL |= {"tokenizer_config.json", "chat_template.jinja"}
 
 # As `dc-trl evaluate` writes them; the figures are made up.
 RESULT = hostile.RESULT | {"title": "AIME 2024", "precision": "bf16", "mean": 0.1234, "stderr": 0.0123}
@@ -128,6 +136,40 @@ def test_the_commits(hub: HubStandIn, pushed: tuple[Path, dict[str, Any]]) -> No
     assert {"README.md", "curves.png", "model.safetensors"} <= set(first.files)
 
 
+def test_a_push_sends_the_model_and_its_card_and_not_the_run(hub: HubStandIn, pushed: tuple[Path, Any]) -> None:
+    run = pushed[0] / "run"
+    for name in ("log.jsonl", "training_args.bin", "tokens/tokens_00003.parquet", "evaluation/results.jsonl"):
+        assert (run / name).is_file()
+    checkpoint = {path.name for path in (run / "checkpoint-3").iterdir()} - {"training_args.bin"}
+    sent = MODEL | {f"last-checkpoint/{name}" for name in checkpoint}
+    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/dc_grpo_state.json"} <= sent
+    assert set(hub.repositories[REPOSITORY].files) == sent
+    assert all(set(commit.files) <= sent for commit in hub.repositories[REPOSITORY].commits)
+
+
+def test_what_is_sent_is_chosen_by_a_list(tmp_path: Path) -> None:
+    sent = {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
+    sent |= {
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "own [1].vocab",
+    }
+    others = {"deployed/model.safetensors", "report.html", "report-1.html", "notes.md", "train.py", "summary.json"}
+    others |= {"tokens-1/tokens_00001.parquet", "log-1.jsonl", "calibration.json", "evaluation/samples/a.jsonl"}
+    others |= {"_weight_sync/policy-00000001/model-00001.safetensors", "checkpoint-1/model.safetensors", ".env"}
+    for name in sent | others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer = SimpleNamespace(vocab_files_names={"vocab_file": "own [1].vocab"})
+    assert set(files_to_send(tmp_path, SimpleNamespace(tokenizer=tokenizer))) == sent | {"config.json"}
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_own.Own"}}')
+    (tmp_path / "modeling_own.py").touch()
+    assert {"modeling_own.py", "train.py"} <= set(files_to_send(tmp_path, tokenizer))
+
+
 def test_a_refusal_is_the_clients_own_and_the_model_stays(pushed: tuple[Path, dict[str, Any]]) -> None:
     folder, said = pushed[0], pushed[1]["refused"]
     assert "401 Unauthorized" in said["early"] and "Invalid credentials" in said["early"]
@@ -146,7 +188,7 @@ def test_the_command_pushes(tmp_path: Path) -> None:
     with HubStandIn() as hub:
         client(hub, tmp_path, "-m", "dc_trl", "train", "--config", recipe, *flags, *saves)
         (repository,) = hub.repositories.values()
-    assert {"README.md", "curves.png", "log.jsonl", "tokenizer.json", "config.json"} <= set(repository.files)
+    assert set(repository.files) == MODEL
     for name in ("model.safetensors", "curves.png", "README.md"):
         assert repository.files[name] == (tmp_path / "outputs/tiny/run" / name).read_bytes()
     assert b"## Discrepancy constraint" in repository.files["README.md"]
@@ -156,4 +198,5 @@ def test_the_command_pushes(tmp_path: Path) -> None:
         hub.refuse = {"/commit/": (403, "this token has no write access")}
         said = client(hub, tmp_path, "-m", "dc_trl", "train", "--config", recipe, *flags, status=2)
     assert "the push to the Hub failed: 403" in said and "hf upload tester/" in said
+    assert set(re.findall(r"--include (\S+)", said)) == MODEL
     assert "Traceback" not in said

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dc-trl calibrate`: arguments, their checks, launch, what is printed, exit status."""
 
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from dc_trl.commands.calibrate.arguments import OVERRIDES, CalibrateArguments
 from dc_trl.commands.calibrate.recipe import check_recipe, set_tolerance
 from dc_trl.commands.train.arguments import CommandLine, asks_for_help, make_parser, print_help
 from dc_trl.commands.usage import UsageError
+from dc_trl.records.text import terminal
 from dc_trl.rollouts.engines import check_log_prob_source, engine_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def calibrate_command(argv: Sequence[str]) -> int:
     if line.options.set:
         check_recipe(Path(line.options.set))
     if line.must_launch:
-        return _launch(line)
+        return line.launch("calibrate")
     # Torch, TRL and the rest come only now: help and wrong arguments are answered without them.
     from dc_trl.commands.calibrate.checks import healthy
     from dc_trl.commands.calibrate.output import as_text, save
@@ -51,23 +51,10 @@ def calibrate_command(argv: Sequence[str]) -> int:
     if training.process_index == 0:
         paths = save(found, folder)
         print(as_text(found))
-        print("wrote " + ", ".join(map(str, paths)))
+        print("wrote " + ", ".join(map(terminal, paths)))
         if script.set:
-            print(_set(Path(script.set), found))
+            print(terminal(_set(Path(script.set), found)))
     return HEALTHY if healthy(found.verdicts) else UNHEALTHY
-
-
-def _launch(line: CommandLine) -> int:
-    """Runs the command in processes of its own; their exit status."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    try:
-        line.launch("calibrate")
-    except subprocess.CalledProcessError as error:  # one process
-        return error.returncode
-    except ChildFailedError as error:  # several
-        return error.get_first_failure()[1].exitcode
-    return HEALTHY
 
 
 def _parse(line: CommandLine) -> tuple[CalibrateArguments, Any, Any]:
@@ -92,6 +79,6 @@ def _set(path: Path, found: "Calibration") -> str:
     if tolerance is None:
         return f"{path} is left as it was: there is no tolerance to set."
     day = found.run["time"][:10]
-    measured = f"{found.run['model']}, {found.run['engine']}, {found.plan.metric}"
-    set_tolerance(path, tolerance, f"[measured] by dc-trl calibrate on {day}: {measured}, {found.run['hardware']}")
+    measured = f"{found.run['model']}, {found.run['engine']}, {found.plan.metric}, {found.run['hardware']}"
+    set_tolerance(path, tolerance, terminal(f"[measured] by dc-trl calibrate on {day}: {measured}"))
     return f"set discrepancy_tolerance: {tolerance:g} in {path}"

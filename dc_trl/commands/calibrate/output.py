@@ -17,6 +17,7 @@ from dc_trl.commands.calibrate.checks import FAIL, Plan, Recommendation, Verdict
 from dc_trl.commands.calibrate.measure import Measurement
 from dc_trl.commands.calibrate.scores import describe, mean_discrepancy
 from dc_trl.discrepancy import METRICS
+from dc_trl.records.text import terminal, visible
 
 JSON_FILE = "calibration.json"
 # Tolerances of arXiv 2606.08779 (secondary source), of |π − μ|, on its authors' stack.
@@ -134,7 +135,7 @@ def _without_nan(value: Any) -> Any:
 def as_text(found: Calibration) -> str:
     """The report that `dc-trl calibrate` prints."""
     table = describe(found.measurement.floor)
-    lines = [f"{found.run['model']}: {found.run['engine']}", *_size(found, table), "", *_metrics(table), ""]
+    lines = [terminal(f"{found.run['model']}: {found.run['engine']}"), *_size(found, table), "", *_metrics(table), ""]
     lines += _bins("by probability π", table["by_probability"], lambda x: f"{x:g}")
     lines += ["", *_bins("by position", table["by_position"], str), "", "over all tokens"]
     lines += [f"  {key:24}{_number(table['dc'][key])}" for key in _LOGGED]
@@ -209,6 +210,6 @@ def save(found: Calibration, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JSON_FILE).write_text(as_json(found), encoding="utf-8")
-    title = f"{found.run['model']}, {found.run['engine']}"
+    title = visible(f"{found.run['model']}, {found.run['engine']}")
     save_picture(found.measurement.floor, found.plan, found.recommendation.tolerance, title, folder / PICTURE_FILE)
     return [folder / JSON_FILE, folder / PICTURE_FILE]

@@ -31,7 +31,7 @@ def save_picture(scores: Scores, plan: Plan, tolerance: float | None, title: str
     """
     table = describe(scores)
     figure, axes = new_figure(1, 3, 13, 3.9)
-    figure.suptitle(title, fontsize=11, color=TEXT)
+    figure.suptitle(title, fontsize=11, color=TEXT, parse_math=False)  # a $ in a name is no formula
     symbol = METRICS[plan.metric].symbol
     values = scores.discrepancy(plan.metric)[scores.valid].double().numpy()
     floor = mean_discrepancy(scores, plan.metric, plan.average).value

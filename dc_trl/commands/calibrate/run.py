@@ -17,8 +17,9 @@ from dc_trl.commands.calibrate.measure import Recording, measure
 from dc_trl.commands.calibrate.output import Calibration, hardware, versions
 from dc_trl.commands.train.run import build_trainer, load_data
 from dc_trl.commands.usage import UsageError
-from dc_trl.records.run_log import RunLogCallback
+from dc_trl.records.run_log import RunLogCallback, shown_settings
 from dc_trl.rollouts.engines import engine_name
+from dc_trl.rollouts.shown import shown_address
 from dc_trl.trainer import DCGRPOTrainer
 
 SETTINGS = (
@@ -61,8 +62,8 @@ def calibrate(script: CalibrateArguments, training: Any, model: Any) -> Calibrat
     started = time.monotonic()
     work = Path(str(training.output_dir), "calibration-work")
     server = training.vllm_server_base_url or f"{training.vllm_server_host}:{training.vllm_server_port}"
-    engine = engine_name(vars(training), server)
-    settings = _settings(training)
+    engine = engine_name(vars(training), shown_address(server))
+    settings = shown_settings(training, SETTINGS)
     try:
         with training.main_process_first(desc="loading the data"):
             data, _ = load_data(script)
@@ -137,7 +138,3 @@ def _build(training: Any, model: Any, data: Any) -> Any:
 def _no_reward(completions: list[Any], **_: Any) -> list[float]:
     """Nothing is learnt here, so nothing is judged."""
     return [0.0] * len(completions)
-
-
-def _settings(training: Any) -> dict[str, Any]:
-    return {name: getattr(training, name) for name in SETTINGS}

@@ -14,6 +14,7 @@ from dc_trl.commands.evaluate.benchmarks import BENCHMARKS, Benchmark
 from dc_trl.commands.evaluate.table import results_table
 from dc_trl.commands.usage import UsageError, model_directory
 from dc_trl.records.json_lines import parse_json
+from dc_trl.records.text import terminal
 
 _LOCAL_SAMPLES = 4
 
@@ -164,11 +165,11 @@ def _publish(args: Any, card: Path | None, results: list[dict[str, Any]]) -> Non
                 f"the scores are recorded, but the model card cannot be written: {error}. Name another with "
                 "--model_card; nothing is drawn again."
             ) from error
-        print(f"model card: {card}")
+        print(f"model card: {terminal(card)}")
     if args.push_to_hub:
         repository = args.hub_model_id or args.model_name_or_path
         try:
-            print(f"model card: {push_results(repository, results)}")
+            print(f"model card: {terminal(push_results(repository, results))}")
         except Exception as error:  # the Hub's client raises many kinds: no network, no token, no such repository
             raise UsageError(
                 f"the scores are recorded, but could not be written to {repository} on the Hub: {error}. The same "

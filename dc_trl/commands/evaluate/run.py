@@ -13,6 +13,7 @@ from dc_trl.commands.evaluate.scoring import summarize
 from dc_trl.commands.evaluate.vllm_engines import ServerEngine, VLLMEngine
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.results import append_result, score
+from dc_trl.records.text import terminal
 from dc_trl.tasks.data import BOXED_TEMPLATE, DatasetError
 
 # What a model directory's samples depend on, beside its weights.
@@ -62,7 +63,11 @@ class Evaluation:
                 samples cannot be used.
         """
         if benchmark.problems and len(problems) != min(self.args.limit or benchmark.problems, benchmark.problems):
-            print(f"{benchmark.name}: {benchmark.dataset} has {len(problems)} problems, not {benchmark.problems}.")
+            print(
+                terminal(
+                    f"{benchmark.name}: {benchmark.dataset} has {len(problems)} problems, not {benchmark.problems}."
+                )
+            )
         prompts = {problem.index: self._tokens(problem) for problem in problems}
         max_tokens = self._room(benchmark, max(map(len, prompts.values())))
         limit = self.args.limit if len(problems) == self.args.limit else None
@@ -74,7 +79,8 @@ class Evaluation:
             )
         result = self._result(benchmark, max_tokens, limit, file.key) | summarize(records)
         append_result(self.folder, result)
-        print(f"{benchmark.title}, {result['metric']}: {score(result['mean'], result['stderr'])} %", flush=True)
+        scored = f"{benchmark.title}, {result['metric']}: {score(result['mean'], result['stderr'])} %"
+        print(terminal(scored), flush=True)
         return result
 
     def _tokens(self, problem: Problem) -> list[int]:
@@ -96,7 +102,7 @@ class Evaluation:
             )
         if room < self.args.max_tokens:
             print(
-                f"{benchmark.name}: completions are limited to {room} tokens instead of --max_tokens "
+                f"{terminal(benchmark.name)}: completions are limited to {room} tokens instead of --max_tokens "
                 f"{self.args.max_tokens}: the context has {self.engine.context} and the longest prompt {longest}.",
                 flush=True,
             )

@@ -19,6 +19,7 @@ from dc_trl.commands.evaluate.benchmarks import Problem, short_hash
 from dc_trl.commands.evaluate.engines import Completion, Engine, Request
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.json_lines import append_lines, mend_end, numbered_lines, parse_json
+from dc_trl.records.text import terminal
 
 # Right, wrong, or None: the gold answer cannot be parsed.
 Judge = Callable[[list[str], list[str]], list[bool | None]]
@@ -140,7 +141,7 @@ def sample_benchmark(
     problem's index.
     """
     missing = [draw for draw in draws if file.get(draw) is None]
-    progress = tqdm(total=len(draws), initial=len(draws) - len(missing), desc=file.path.stem, mininterval=1)
+    progress = tqdm(total=len(draws), initial=len(draws) - len(missing), desc=terminal(file.path.stem), mininterval=1)
     for batch in _batches(draws, missing, engine.batch_size):
         requests = [Request(prompts[draw.problem.index], draw.seed) for draw in batch]
         waiting: list[tuple[Draw, Completion]] = []

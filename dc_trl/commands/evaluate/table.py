@@ -7,6 +7,7 @@ from typing import Any
 
 from dc_trl.commands.evaluate.benchmarks import AVERAGE, PAPER_BENCHMARKS, PAPER_FIGURES, paper_figures
 from dc_trl.records.results import score
+from dc_trl.records.text import markdown
 
 
 def results_table(results: list[dict[str, Any]]) -> str:
@@ -34,7 +35,7 @@ def _cells(result: dict[str, Any]) -> list[str]:
     if result["unjudged_problems"]:
         problems += f" ({result['unjudged_problems']} without a usable gold answer left out)"
     return [
-        f"{result['title']}, {result['metric']}",
+        markdown(f"{result['title']}, {result['metric']}"),
         problems,
         score(result["mean"], result["stderr"]),
         f"{100 * result['truncated']:.1f}",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_trl.commands.evaluate.engines import Completion, Request, Sampling, longest_context, precision_label
 from dc_trl.commands.usage import UsageError
+from dc_trl.rollouts.shown import check_address, mark, shown
 
 if TYPE_CHECKING:
     from dc_trl.rollouts.server_answers import Answer
@@ -55,8 +56,11 @@ class VLLMEngine:
                 "be evaluated: --dtype bfloat16, float16 or float32."
             )
         self.context = int(self.kwargs.get("max_model_len") or longest_context(self.config))
-        self.precision = precision_label(self.config, self.dtype, self.kwargs)
-        self.options = {"dtype": self.dtype, "vllm_engine_kwargs": self.kwargs}
+        arguments = shown("vllm_engine_kwargs", self.kwargs)
+        self.precision = precision_label(self.config, self.dtype, arguments)
+        self.options = {"dtype": self.dtype, "vllm_engine_kwargs": arguments}
+        if hidden := mark("vllm_engine_kwargs", self.kwargs):  # or samples drawn otherwise would pass for the same
+            self.options["vllm_engine_kwargs_mark"] = hidden
 
     def complete(self, requests: list[Request], max_tokens: int) -> Iterator[tuple[int, Completion]]:
         """As `Engine.complete`; vLLM starts at the first call."""
@@ -118,6 +122,10 @@ class ServerEngine:
         from dc_trl.rollouts.server_answers import refuse_redirects
         from dc_trl.rollouts.vllm_server import PatientAdapter
 
+        try:
+            check_address("--server_base_url", self.base_url)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         self.base_url = self.base_url.rstrip("/").removesuffix("/v1")
         self._session = requests.Session()
         refuse_redirects(self._session)

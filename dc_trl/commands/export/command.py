@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dc_trl.commands.usage import UsageError
+from dc_trl.records.text import terminal
 from dc_trl.rollouts.precisions import PRECISIONS
 
 ROUNDINGS = ("dither", "nearest")
@@ -39,7 +40,7 @@ def export_command(argv: Sequence[str]) -> int:
     from dc_trl.commands.export.run import export, read_deployment
 
     deployment = read_deployment(args.model_dir, args.precision, args.rounding, args.seed)
-    print(export(args.model_dir, args.output_dir, deployment))
+    print(terminal(export(args.model_dir, args.output_dir, deployment), lines=True))
     return 0
 
 

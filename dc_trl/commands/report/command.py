@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dc_trl.commands.usage import UsageError
+from dc_trl.records.text import terminal
 
 REPORT_FILE = "report.html"
 
@@ -39,7 +40,7 @@ def report_command(argv: Sequence[str]) -> int:
         raise UsageError(
             f"the report cannot be written to {output}: {error}. Name another file with --output."
         ) from error
-    print(f"{output} ({len(text.encode()) / 1e6:.1f} MB): open it in a browser.")
+    print(f"{terminal(output)} ({len(text.encode()) / 1e6:.1f} MB): open it in a browser.")
     return 0
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's HTML. Everything that a run says of itself is untrusted text and goes through `report.text`."""
+"""The report's HTML. Everything that a run says of itself is untrusted text and goes through `records.text`
+or `report.text`."""
 
 import base64
 import hashlib
@@ -13,9 +14,11 @@ from dc_trl import __version__
 from dc_trl.commands.report import tokens
 from dc_trl.commands.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
 from dc_trl.commands.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel
-from dc_trl.commands.report.text import duration, embedded_json, escaped, number, visible
+from dc_trl.commands.report.text import duration, embedded_json, number
 from dc_trl.records.run_log import Run, is_finite
+from dc_trl.records.text import escaped, visible
 from dc_trl.rollouts.engines import engine_name
+from dc_trl.rollouts.shown import shown
 
 # Column of the summary, and the key whose last value stands in it.
 _SUMMARY = {
@@ -216,7 +219,7 @@ def _tokens(view: tokens.TokenView) -> str:
 
 def _settings(runs: list[Run]) -> str:
     """Settings that differ between the runs, then all of them."""
-    tables = [{"model": run.start.get("model", "not logged")} | run.settings for run in runs]
+    tables = [{"model": run.start.get("model", "not logged")} | _shown(run.settings) for run in runs]
     names = list(dict.fromkeys(name for table in tables for name in table))
     rows = {name: [str(table.get(name, "–")) for table in tables] for name in names}
     differing = {name: values for name, values in rows.items() if len(set(values)) > 1}
@@ -225,6 +228,11 @@ def _settings(runs: list[Run]) -> str:
         same = "<p>The runs have the same settings.</p>"
         text = f"<h3>Settings that differ</h3>{_settings_table(differing, runs) if differing else same}"
     return f"{text}<details><summary>All settings</summary>{_settings_table(rows, runs)}</details>"
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a log says of mappings may be of a version that wrote them whole."""
+    return {name: shown(name, value) if isinstance(value, dict) else value for name, value in settings.items()}
 
 
 def _settings_table(rows: dict[str, list[str]], runs: list[Run]) -> str:

@@ -1,43 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Untrusted text made fit for a page: nothing in it can act, hide, or change the order of what stands around it."""
+"""Untrusted text and numbers made fit for the report's scripts and charts. Its HTML has `dc_trl.records.text`."""
 
 import html
 import json
-import unicodedata
 from typing import Any
 
 from dc_trl.records.run_log import is_finite
+from dc_trl.records.text import visible
 
-# Control, format (among them every bidirectional control and zero-width character), surrogate, line and paragraph
-# separators: a reader could not see them, and some of them move other text.
-_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-_SYMBOLS = {"\n": "↵", "\t": "⇥"}
-
-# Of a name in a legend, and of any other text, in characters.
+# Of a name in a legend, in characters.
 NAME_LIMIT = 32
-TEXT_LIMIT = 4_000
-
-
-def visible(text: str, limit: int = TEXT_LIMIT) -> str:
-    """The text with every character that cannot be seen written out, as ⟨U+202E⟩, and cut after `limit` characters.
-
-    A newline becomes ↵ and a tab ⇥. A combining mark at the start stands on a dotted circle, not on its neighbour.
-    """
-    shown = "".join(map(_shown, text[:limit]))
-    if shown and unicodedata.category(shown[0]).startswith("M"):
-        shown = f"◌{shown}"
-    return f"{shown}… ({len(text) - limit:,} more characters)" if len(text) > limit else shown
-
-
-def _shown(character: str) -> str:
-    if character in _SYMBOLS:
-        return _SYMBOLS[character]
-    return f"⟨U+{ord(character):04X}⟩" if unicodedata.category(character) in _INVISIBLE else character
-
-
-def escaped(value: Any) -> str:
-    """Any value as text of an HTML element or of a quoted attribute."""
-    return html.escape(visible(value if isinstance(value, str) else str(value)))
 
 
 def label(name: str) -> str:

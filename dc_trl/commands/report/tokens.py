@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dc_trl.commands.report.text import NAME_LIMIT, visible
+from dc_trl.commands.report.text import NAME_LIMIT
 from dc_trl.records.run_log import Run
+from dc_trl.records.text import visible
 from dc_trl.records.token_log import FOLDER, SCHEMA
 
 STEPS = 4

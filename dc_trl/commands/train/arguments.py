@@ -4,6 +4,7 @@
 import argparse
 import difflib
 import os
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -132,13 +133,24 @@ class CommandLine:
         """Whether Accelerate is asked for and has not started this process."""
         return bool(self.options.accelerate_config) and not any(name in os.environ for name in _LAUNCHED)
 
-    def launch(self, command: str) -> None:
-        """Runs `accelerate launch --config_file … -m dc_trl COMMAND …`, and returns when it has ended."""
+    def launch(self, command: str) -> int:
+        """Runs `accelerate launch --config_file … -m dc_trl COMMAND …`; its exit status, when it has ended.
+
+        Its processes have said why they failed. The launcher's own error would print the whole command line, with
+        whatever token stands in it.
+        """
         from accelerate.commands.launch import launch_command, launch_command_parser
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         config = str(find_accelerate_config(self.options.accelerate_config))
         flags = ["--config_file", config, *self.launcher, "--module", "dc_trl", command, *self.arguments]
-        launch_command(launch_command_parser().parse_args(flags))
+        try:
+            launch_command(launch_command_parser().parse_args(flags))
+        except subprocess.CalledProcessError as error:  # one process
+            return error.returncode
+        except ChildFailedError as error:  # several
+            return error.get_first_failure()[1].exitcode
+        return 0
 
 
 def _set_defaults(parser: Any, path: str) -> None:

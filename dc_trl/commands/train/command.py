@@ -19,8 +19,7 @@ def train_command(argv: Sequence[str]) -> int:
     """
     line = CommandLine.read(argv, make_parser())
     if line.must_launch and not line.options.dry_run:
-        line.launch("train")
-        return 0
+        return line.launch("train")
     import torch
 
     from dc_trl.commands.train import run

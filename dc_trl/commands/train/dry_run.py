@@ -17,6 +17,7 @@ from dc_trl.commands.train.plan import (
     state_bytes,
     weight_bytes_of,
 )
+from dc_trl.records.text import terminal
 from dc_trl.rollouts.engines import engine_name, engine_of
 
 Section = tuple[str, list[tuple[str, str]]]
@@ -67,7 +68,7 @@ def _prompt_lengths(tokenizer: Any, dataset: Dataset) -> list[int]:
 
 def _model(name: str, config: Any, size: ModelSize, tokenizer: Any) -> list[tuple[str, str]]:
     return [
-        ("name", name),
+        ("name", terminal(name)),
         ("parameters", f"{size.parameters:,} ({config.model_type}, {size.layers} layers)"),
         ("tokenizer", f"{len(tokenizer):,} tokens"),
     ]
@@ -78,7 +79,7 @@ def _data(dataset: Dataset, lengths: list[int]) -> list[tuple[str, str]]:
     return [
         ("problems", f"{len(dataset):,}"),
         ("prompt tokens", f"mean {mean:.0f}, longest {max(lengths)}, of the first {len(lengths)}"),
-        ("first answer", dataset[0]["solution"][:60]),
+        ("first answer", terminal(dataset[0]["solution"][:60])),
     ]
 
 

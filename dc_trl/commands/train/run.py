@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe stands for: its problems, its trainer, and the training."""
 
+import glob
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,20 @@ def train(training: Any, model: Any, rewards: list[Any], data: Any, eval_data: A
     except HfHubHTTPError as error:
         raise UsageError(
             f"the push to the Hub failed: {error}\nThe model is in {training.output_dir}. With a token that may "
-            f"write, send it by: hf upload {trainer.hub_model_id} {training.output_dir} "
-            "--exclude 'checkpoint-*' --exclude '_*'"
+            f"write, send it by: {_upload_command(trainer)}"
         ) from error
     return trainer
+
+
+def _upload_command(trainer: Any) -> str:
+    """What sends the files that a push sends, and no others."""
+    from dc_trl.training.pushing_trainer import files_to_send
+
+    folder = Path(str(trainer.args.output_dir))
+    parts = ["hf", "upload", str(trainer.hub_model_id), str(folder), "."]
+    for name in files_to_send(folder, trainer.processing_class):
+        parts += ["--include", glob.escape(name)]
+    return shlex.join(parts)
 
 
 def build_trainer(kind: Any, training: Any, model: Any, rewards: list[Any], data: Any, eval_data: Any = None) -> Any:

@@ -2,6 +2,7 @@
 """What the trainer adds to TRL's model card: the constraint, what was measured, scores, and a picture of the run."""
 
 import math
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from dc_trl.config import DCGRPOConfig
 from dc_trl.records.card.model_index import model_index_results
 from dc_trl.records.card.series import DISCREPANCY, series
 from dc_trl.records.results import newest_results, read_results, score
+from dc_trl.records.text import markdown
 from dc_trl.rollouts.engines import engine_name
+from dc_trl.rollouts.shown import shown
 
 CARD = "README.md"
 CURVES = "curves.png"
@@ -63,6 +66,13 @@ _UNKNOWN = {
     'model="None"': 'model="path/to/this/folder"',
 }
 
+# How TRL's template writes a name that the header has under this key, and how it is written where it is no plain name.
+_NAMES = {
+    "model_name": ("# Model Card for {0}", "# Model Card for {0}"),
+    "base_model": ("[{0}](https://huggingface.co/{0})", "{0}"),
+    "datasets": ("[{0}](https://huggingface.co/datasets/{0})", "{0}"),
+}
+
 
 def complete(
     folder: Path,
@@ -97,11 +107,22 @@ def complete(
     text = card.text
     for wrong, right in _UNKNOWN.items():
         text = text.replace(wrong, right)
+    text = _names_as_text(text, card.data.to_dict())
     card.text = with_section(text, "\n".join(part for part in parts if part))
     if entries := model_index_results(results):
         card.data.eval_results = entries
         card.data.model_name = card.data.get("model_name") or folder.resolve().name
     card.save(folder / CARD)
+
+
+def _names_as_text(text: str, header: dict[str, Any]) -> str:
+    """TRL's card with names that hold markup written as text; its template takes them as they are."""
+    for key, (taken, written) in _NAMES.items():
+        names = header.get(key)
+        for name in names if isinstance(names, list) else [names]:
+            if isinstance(name, str) and markdown(name) != name:
+                text = text.replace(taken.format(name), written.format(markdown(name)))
+    return text
 
 
 def copy_card(output_dir: Path, checkpoint: Path) -> None:
@@ -120,7 +141,7 @@ def with_section(card: str, section: str) -> str:
 
 
 def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float, rounding: str | None) -> str:
-    corrected = args.vllm_importance_sampling_correction
+    corrected, mode = args.vllm_importance_sampling_correction, args.vllm_importance_sampling_mode
     rows = {
         "constraint": args.constraint,
         "discrepancy metric, level, average": f"{args.discrepancy_metric}, {args.discrepancy_level}, "
@@ -130,12 +151,13 @@ def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float, ro
         "dual learning rate": args.dual_lr,
         "rollout engine": engine_name(vars(args)),
         "rounding at the weight sync": _rounding(args, rounding),
-        "importance sampling": args.vllm_importance_sampling_mode if corrected else "none",
+        "importance sampling": shown("vllm_importance_sampling_mode", mode) if corrected else "none",
         "length-decay": args.length_decay,
         "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
         "learning rate, schedule": f"{args.learning_rate}, {SchedulerType(args.lr_scheduler_type).value}",
     }
-    return f"## Discrepancy constraint\n\n{_table(('setting', 'value'), rows.items())}"
+    written = [(name, markdown(value)) for name, value in rows.items()]
+    return f"## Discrepancy constraint\n\n{_table(('setting', 'value'), written)}"
 
 
 def _measurements(log_history: Sequence[dict[str, Any]]) -> str:
@@ -158,7 +180,7 @@ def _evaluation(log_history: Sequence[dict[str, Any]]) -> str:
     )
     rewards = [key for key in last if key.startswith("eval_rewards/") and key.endswith("/mean")]
     keys = [f"eval_{key}" for key in ("reward", "entropy", "completions/mean_length", DISCREPANCY)]
-    rows = [(f"`{key}`", _number(last[key])) for key in [*rewards, *keys] if last.get(key) is not None]
+    rows = [(_key(key), _number(last[key])) for key in [*rewards, *keys] if last.get(key) is not None]
     if not rows:
         return ""
     return f"### Evaluation during training, step {last['step']}\n\n{_table(('metric', 'value'), rows)}"
@@ -167,12 +189,12 @@ def _evaluation(log_history: Sequence[dict[str, Any]]) -> str:
 def _benchmarks(results: Iterable[dict[str, Any]]) -> str:
     rows = [
         (
-            f"{result['title']}, {result['metric']}",
+            markdown(f"{result['title']}, {result['metric']}"),
             score(result["mean"], result["stderr"]),
-            f"first {result['problems']}" if result["limit"] else result["problems"],
-            f"{result['temperature']}, {result['top_p']}, {result['max_tokens']}",
-            f"{result['engine']}, {result['precision']}",
-            result["time"][:10],
+            markdown(f"first {result['problems']}" if result["limit"] else result["problems"]),
+            markdown(f"{result['temperature']}, {result['top_p']}, {result['max_tokens']}"),
+            markdown(f"{result['engine']}, {result['precision']}"),
+            markdown(result["time"][:10]),
         )
         for result in results
     ]
@@ -201,7 +223,12 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def _key(key: str) -> str:
+    """The name of a metric as code; one that holds more than a name, as a reward function's may, as text."""
+    return f"`{key}`" if re.fullmatch(r"[\w/.@ -]+", key, re.ASCII) else markdown(key)
+
+
 def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Cells are Markdown already."""
     lines = [titles, ["---"] * len(titles), *rows]
-    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)

@@ -19,8 +19,11 @@ class VLLMColocated(Engine):
         return bool(on) and settings.get("vllm_mode") != "server"
 
     def name(self, settings: Mapping[str, Any], server: str = "") -> str:
-        """With what its engine was given."""
-        options = ", ".join(f"{key}={value}" for key, value in (settings.get("vllm_engine_kwargs") or {}).items())
+        """With what its engine was given, as far as it may be shown."""
+        from dc_trl.rollouts.shown import shown
+
+        arguments = shown("vllm_engine_kwargs", settings.get("vllm_engine_kwargs") or {})
+        options = ", ".join(f"{key}={value}" for key, value in arguments.items())
         return f"vLLM colocated ({options})" if options else "vLLM colocated"
 
     def check_config(self, args: Any) -> None:

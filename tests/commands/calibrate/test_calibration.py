@@ -2,6 +2,7 @@
 """`dc-trl calibrate`: healthy engines get a tolerance, broken ones are told apart, usage errors, what it writes."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,27 @@ def test_a_healthy_engine_gets_a_tolerance(calibrate: Any, recipe: Path, tmp_pat
     # It leaves its two files, and nothing else anywhere.
     assert sorted(path.name for path in run.folder.iterdir()) == ["calibration.json", "calibration.png"]
     assert sorted(path.name for path in recipe.parent.rglob("*")) == before
+
+
+def test_secrets_of_a_recipe_are_written_nowhere(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hf_" + "q" * 34
+    monkeypatch.setenv("WANDB_API_KEY", "")  # `env:` sets it
+    copy = tmp_path / "copy.yaml"
+    values = yaml.safe_load(recipe.read_text()) | {"env": {"WANDB_API_KEY": secret}, "hub_token": secret}
+    values |= {"run_name": secret, "vllm_server_host": secret, "chat_template_kwargs": {"api_key": secret}}
+    copy.write_text(yaml.safe_dump(values))
+    before = copy.read_text()
+    options = ["--problems", "4", "--rollout_precision", "int4", "--output_dir", str(tmp_path / "out")]
+    assert main(["calibrate", "--config", str(copy), "--set", str(copy), *options]) == 0
+    assert os.environ["WANDB_API_KEY"] == secret
+    assert secret not in "".join(capfd.readouterr())
+    files = list((tmp_path / "out").iterdir())
+    assert len(files) == 2 and not [path for path in files if secret.encode() in path.read_bytes()]
+    assert copy.read_text().startswith(
+        f"{before}discrepancy_tolerance: "
+    ) and secret not in copy.read_text().removeprefix(before)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "fp8", "int3"])

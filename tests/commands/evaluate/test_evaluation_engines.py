@@ -20,7 +20,7 @@ from vllm_process import VLLMServer
 
 from dc_trl.commands.cli import main
 from dc_trl.commands.evaluate.engines import Completion, Engine, Request, Sampling, TransformersEngine, precision_label
-from dc_trl.commands.evaluate.vllm_engines import ServerEngine
+from dc_trl.commands.evaluate.vllm_engines import ServerEngine, VLLMEngine
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.results import read_results
 
@@ -252,3 +252,25 @@ def test_vllm_in_this_process(policy: Path, data: Path, tmp_path: Path) -> None:
     assert "| sevens, avg@4 | 3 | 66.7 ± 33.3 | 0.0 | 10 |" in done.stdout
     check_result(tmp_path / "evaluation", "vllm", "float32")
     assert len(read_results(tmp_path)) == 1
+
+
+def test_what_is_recorded_of_vllms_arguments_holds_no_secret() -> None:
+    pytest.importorskip("vllm")
+    config = AutoConfig.for_model("qwen3", max_position_embeddings=64, dtype="bfloat16")
+
+    def options(**kwargs: Any) -> dict[str, Any]:
+        return VLLMEngine("owner/model", config, HOT, kwargs=kwargs).options
+
+    plain = {"dtype": "auto", "vllm_engine_kwargs": {"quantization": "fp8", "seed": 1}}
+    assert options(quantization="fp8", seed=1) == plain
+    hidden = options(quantization="fp8", seed=1, hf_token="hf_secret", download_dir="/home/someone")
+    assert "hf_secret" not in str(hidden) and "someone" not in str(hidden)
+    # Samples that were drawn otherwise are others; a new token draws the same.
+    assert hidden == options(quantization="fp8", seed=1, hf_token="hf_newer", download_dir="/home/someone")
+    assert hidden != options(quantization="fp8", seed=1, hf_token="hf_secret", download_dir="/home/other")
+
+
+def test_an_address_with_credentials_is_refused_before_it_is_asked() -> None:
+    with pytest.raises(UsageError, match="--server_base_url.*netrc") as raised:
+        ServerEngine("http://me:hf_secret@127.0.0.1:9/v1", "m", HOT, timeout=0.1)
+    assert "hf_secret" not in str(raised.value)

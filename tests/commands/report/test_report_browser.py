@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_pages import HOSTILE, hostile_run, sentence, surge_entries, write_log, write_tokens
+from hostile_text import HOSTILE
+from report_pages import hostile_run, sentence, surge_entries, write_log, write_tokens
 
 from dc_trl.commands.report.command import report_command
 

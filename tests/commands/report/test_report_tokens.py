@@ -13,15 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile_text import HOSTILE
 from plotly import graph_objects
 from plotly.offline import get_plotlyjs
-from report_pages import HOSTILE, hostile_run, report, sentence, surge_entries, write_log, write_tokens
+from report_pages import hostile_run, report, sentence, surge_entries, write_log, write_tokens
 
 from dc_trl.commands.report.run import build_report
-from dc_trl.commands.report.text import duration, embedded_json, label, number, visible
+from dc_trl.commands.report.text import duration, embedded_json, label, number
 from dc_trl.commands.report.tokens import COMPLETIONS, TOKENS, token_view
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_log import read_run
+from dc_trl.records.text import visible
 from dc_trl.records.token_log import SCHEMA
 
 # Tokens

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts that try to be more than text, wherever they are written."""
+
+HOSTILE = [
+    "<script>window.pwned=1</script>",
+    "</script><img src=x onerror=window.pwned=1>",
+    '"><svg onload=window.pwned=1>',
+    "'onmouseover='window.pwned=1",
+    "</style></title></textarea><!--",
+    "--><script>window.pwned=1</script>",
+    "]]><script>window.pwned=1</script>",
+    "javascript:window.pwned=1",
+    '<a href="javascript:window.pwned=1">click</a>',
+    "line\u2028paragraph\u2029end",
+    "\u202egnp.exe\u2066\u200f",
+    "nul\x00bell\x07escape\x1b[31m",
+    "\ud800 alone",
+    "${window.pwned=1} `${window.pwned=1}` $title $$ %{x} %(s)s {0}",
+    "&lt;script&gt; &amp; &#60;b&#62;",
+    "# heading",
+    "1. item",
+    "- item",
+    "| a | b |",
+    "two\nlines\n\n# and a heading\r\n| cell |",
+    "[text](https://example.com/) ![picture](x.png)",
+    "[text]: https://example.com/",
+    "<https://example.com/>",
+    "*strong* _emphasis_ **both** __both__ ~~gone~~ `code` ``more``",
+    "$\\frac{1}{0}$ and $$x$$ and an odd $",
+    "\\[x\\] \\| \\\\",
+    "```\ncode\n```",
+    "clear\x1b[2J\x1b]0;title\x07\x9b31m\rover\b\b",
+    "\x1b]8;;https://example.com/\x1b\\link\x1b]8;;\x1b\\",
+]
+"""Strings that act somewhere: in HTML, in Markdown, in a terminal, in a chart's labels."""
