@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from dc_trl.config import SEQUENCE_MEAN_LOSSES, DCGRPOConfig
+from dc_trl.config import DCGRPOConfig
 from dc_trl.estimators.advantage import rloo_advantages, zero_variance_groups
+from dc_trl.estimators.rejection.normaliser import SEQUENCE_MEAN_LOSSES
 
 # Advantages of `multi_objective_aggregation="normalize_then_sum"` have a standard deviation of 1 over the batch. Where
 # the normalised rewards of a group cancel, as a reward and its opposite do, rounding leaves 1e-7 or so. Our value.
