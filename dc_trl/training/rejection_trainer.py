@@ -128,12 +128,8 @@ class RejectionTrainer(RolloutsTrainer):
     # What is logged
 
     def _rejection_metrics(self, counts: Tensor) -> dict[str, Tensor]:
-        """`rejection/*` of the counts of an iteration; of what any rule rejects only where there are several."""
-        if self._rejection is None:
-            return {}
-        values = rejection_metrics(counts, (*self._rejection.bounds, ANY))
-        several = len(self._rejection.bounds) > 1
-        return {key: value for key, value in values.items() if several or not key.startswith(f"rejection/{ANY}/")}
+        """`rejection/*` of the counts of an iteration."""
+        return {} if self._rejection is None else rejection_metrics(counts, (*self._rejection.bounds, ANY))
 
     def _of_rejection(self, counts: Tensor) -> list[tuple[str, str]]:
         """What a person should be told of an iteration, as (topic, message)."""

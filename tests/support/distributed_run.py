@@ -127,8 +127,9 @@ def replayed(directory: Path, world_size: int) -> dict[str, Any]:
 
 
 def rejected(directory: Path, world_size: int) -> dict[str, Any]:
-    """Far tokens here and there, and everywhere in prompts of rank 1 alone: settled on the gradient."""
-    return train(directory, world_size, rollout_func=far_in_places, **REJECTING)
+    """Far tokens here and there, and everywhere in prompts of rank 1 alone: settled on the gradient. Both rates."""
+    rates = {"ess_rate": True, "length_decay": True, "length_decay_period": 2}
+    return train(directory, world_size, rollout_func=far_in_places, **REJECTING, **rates)
 
 
 def rejected_early(directory: Path, world_size: int) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def run(
     output_dir: Path, monkeypatch: pytest.MonkeyPatch, rollouts: Any, layout: tuple[int, int, int] = ALIGNED,
     train: bool = True, **options: Any,
 ) -> tuple[torch.Tensor, DCGRPOTrainer]:  # fmt: skip
-    """The change of the weights by plain SGD on a generation batch of four micro-batches, a group each; the trainer."""
+    """The change of the weights by plain SGD on a generation batch of four micro-batches, a group each; trainer."""
     monkeypatch.setattr(trl.trainer.grpo_trainer, "shuffle_sequence_dict", lambda batch: batch)
     accumulation, per_rollout, iterations = layout
     options = {

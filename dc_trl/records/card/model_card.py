@@ -42,6 +42,7 @@ MEASURED = (
     "dc/importance_ratio/max",
     "dc/log_ppl_abs_diff",
     "dc/penalty_share",
+    "dc/rejection/any/tokens",
     "dc/multiplier",
     "dc/sync/update_seen",
     "dc/sync/update_seen_since_start",
@@ -124,7 +125,8 @@ def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float, ro
         "rollout engine": engine_name(vars(args)),
         "rounding at the weight sync": _rounding(args, rounding),
         "importance sampling": args.vllm_importance_sampling_mode if corrected else "none",
-        "length-decay": args.length_decay,
+        "rejection": ", ".join(args.rejection or ["none"]),
+        "length-decay, ESS-scaled rate": f"{args.length_decay}, {args.ess_rate}",
         "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
         "learning rate, schedule": f"{args.learning_rate}, {SchedulerType(args.lr_scheduler_type).value}",
     }
