@@ -56,7 +56,8 @@ class DCGRPOTrainer(SavingTrainer):
       (B,) or (B, T), and `importance_sampling_ratio` after that forward. A ragged batch takes one forward for each of
       its parts.
     - `training_step`, `evaluation_loop`, `_step`, `_metrics`: where a generation batch, or an evaluation, ends;
-      the end of the first is also that of the backward, up to which router replay holds
+      the end of the first is also that of the backward, up to which router replay holds, and after the last of which
+      rejection settles what the loss is divided by
     - `create_optimizer`, `optimizer`: float32 masters of weights in bf16, where trainer and sampler share one rounding
     - `train`, `_load_best_model`: where the engine's weights, `_last_loaded_step`, and what it sampled, `_step` and
       `_buffered_inputs`, are no longer current
@@ -65,6 +66,7 @@ class DCGRPOTrainer(SavingTrainer):
     - `vllm_generation`, `use_vllm`, `vllm_mode`, `_last_loaded_step`, `temperature`: the slot of the rollout engine,
       `sync_weights()` and `generate()`
     - `accelerator`, `eos_token_ids`, `hub_model_id`, `loss_type`, `num_generations`, `num_generations_eval`: read
+    - `aux_loss_enabled`, `router_aux_loss_coef`: read
     - `num_iterations`, `multi_objective_aggregation`, `ref_model`, `reward_weights`, `state`: read
 
     An iteration of the dual is one generation batch, or one optimizer step where a step spans several; λ is constant
