@@ -2,6 +2,7 @@
 """Configuration of the DC-GRPO trainer: the fields that TRL's config does not have, and their validation."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +10,18 @@ from trl import GRPOConfig
 
 from dc_trl.constraint import CONSTRAINTS, DISCREPANCY_LEVELS
 from dc_trl.discrepancy import DISCREPANCY_METRICS
+from dc_trl.estimators import combinations
+from dc_trl.estimators.drpo import DRPO_LIMIT, check_limit
+from dc_trl.estimators.ess_rate import check_fraction
+from dc_trl.estimators.importance import CORRECTIONS, DRPO
+from dc_trl.estimators.rejection import RULES, resolve_bounds
+from dc_trl.estimators.rejection.combinations import check_rejection
 from dc_trl.length_decay import check_factor, check_min_ratio, check_period
 from dc_trl.rollouts.engines import BACKENDS, engine_of
 from dc_trl.rollouts.engines.base import Engine
 from dc_trl.rollouts.precisions import PRECISIONS
 from dc_trl.rollouts.sampling_options import ANY_ENGINE, IN_PROCESS, VLLM, check_decoding, objection
 from dc_trl.rollouts.shown import check_address, shown, without_secrets
-
-# Loss types that divide by the number of sequences, so that a dropped sequence must be taken out of the divisor.
-SEQUENCE_MEAN_LOSSES = ("grpo", "dr_grpo", "luspo", "sapo")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -37,11 +41,13 @@ class DCGRPOConfig(GRPOConfig):
         ValueError: for values or combinations that cannot work, naming field, value, reason and remedy.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["vllm_engine_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["vllm_engine_kwargs", "rejection_bounds"]
 
     lr_scheduler_type: str = _option("constant", "Base learning-rate schedule; length-decay multiplies it.")
     vllm_importance_sampling_mode: str = _option(
-        "token_truncate", "Importance-sampling correction, from whichever engine the sampling log-probs come."
+        "token_truncate",
+        "Importance-sampling correction, from whichever engine the sampling log-probs come: TRL's modes, or `drpo`, "
+        "the whole ratio times DRPO's weight (2606.09821), in place of ratio clipping.",
     )
     vllm_importance_sampling_clip_max: float | None = _option(2.0, "Upper bound C of the importance-sampling ratio.")
 
@@ -75,6 +81,16 @@ class DCGRPOConfig(GRPOConfig):
     multiplier_max: float = _option(1.0, "Upper end of λ's range. Not given by the paper: our value.")
     dual_lr: float = _option(1.0, "Dual learning rate, eq. 11; 1.0 in the paper (secondary source).")
 
+    rejection: list[str] | None = _option(
+        None,
+        "Rules by which tokens or sequences on which the engines are too far apart are left out of loss, normaliser "
+        f"and penalty: {', '.join(RULES)}. None for no rule.",
+    )
+    rejection_bounds: dict | str | None = _option(
+        None, "Bounds of the rules by name, such as {'icepop': {'high': 2.0}}; what is left out keeps its default."
+    )
+    drpo_limit: float = _option(DRPO_LIMIT, "δ of `drpo`, a difference of probabilities; its authors' code's.")
+
     length_decay: bool = _option(False, "Halve the learning rate after a surge of the response length (2602.01826).")
     length_decay_period: int | None = _option(
         None, "Steps between halvings. None: `length_decay_factor` times the step of the surge, once it is detected."
@@ -82,6 +98,10 @@ class DCGRPOConfig(GRPOConfig):
     length_surge_ratio: float = _option(3.0, "Growth of the mean response length that counts as a surge.")
     length_decay_factor: float = _option(1.8, "Period as a multiple of the surge step; the paper's 1.8.")
     length_decay_min_lr_ratio: float = _option(0.1, "Floor of the decay, as a fraction of the initial rate; paper's.")
+
+    ess_rate: bool = _option(False, "Scale each update's learning rate by √ESS of its rollouts (2602.17616).")
+    ess_rate_reference: float = _option(1.0, "ESS, `dc/ess`, at which the rate is whole; the authors' code's.")
+    ess_rate_min_scale: float = _option(0.1, "Floor of that scale. Our value.")
 
     advantage_estimator: str = _option(
         "grpo", "`grpo`: TRL's normalisation; `rloo`: leave-one-out baseline, not scaled.", choices=["grpo", "rloo"]
@@ -150,6 +170,20 @@ class DCGRPOConfig(GRPOConfig):
         """Most tokens of a completion in the in-process engine, which needs a bound: if none is given, TRL's 256."""
         return 256 if self.max_completion_length is None else int(self.max_completion_length)
 
+    @property
+    def corrects_itself(self) -> bool:
+        """Whether this package applies the importance-sampling correction, from the loss's forward, and not TRL."""
+        return self.constraint != "none" or self.vllm_importance_sampling_mode == DRPO
+
+    @property
+    def needs_log_probs(self) -> str | None:
+        """The option that compares the two engines, as it is to be named in an error; None where nothing does."""
+        if self.constraint != "none":
+            return f"`constraint={self.constraint!r}`"
+        if self.rejection:
+            return f"`rejection={self.rejection}`"
+        return f"`vllm_importance_sampling_mode={DRPO!r}`" if self.corrects_itself else None
+
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as transformers gives them, among others to trackers; without secrets.
 
@@ -166,6 +200,12 @@ class DCGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        mode = self.vllm_importance_sampling_mode
+        if mode not in CORRECTIONS:
+            raise ValueError(
+                f"`vllm_importance_sampling_mode` is {mode!r}, which is unknown: use one of {CORRECTIONS}."
+            )
+        self._check_rejection()
         self._check_choices()
         self._check_numbers()
         self._check_length_decay()
@@ -175,11 +215,25 @@ class DCGRPOConfig(GRPOConfig):
         if self.advantage_estimator == "rloo":
             self._set_up_rloo()
         if self.zero_variance_groups == "drop":
-            self._check_dropping()
-        if self.constraint != "none" or self._engine.copies_policy:
+            combinations.check_dropping(self)
+        if self.needs_log_probs or self._engine.copies_policy:
             self._check_sampling()
         if self.constraint != "none":
-            self._check_loss()
+            combinations.check_penalty(self)
+
+    def _check_rejection(self) -> None:
+        self.rejection = [self.rejection] if isinstance(self.rejection, str) else list(self.rejection or [])
+        if not isinstance(self.rejection_bounds, Mapping | None):
+            raise ValueError(
+                f"`rejection_bounds` is {self.rejection_bounds!r}, which is no mapping of rules to their bounds. Use "
+                "e.g. {'icepop': {'high': 2.0}}."
+            )
+        resolve_bounds(self.rejection, self.rejection_bounds or {})
+        if self.rejection:
+            check_rejection(self)
+        check_limit(self.drpo_limit, "drpo_limit")
+        if self.vllm_importance_sampling_mode == DRPO:
+            combinations.check_drpo(self)
 
     def _check_choices(self) -> None:
         """Every field of this class's own that says its choices holds one of them."""
@@ -213,6 +267,8 @@ class DCGRPOConfig(GRPOConfig):
             check_period(self.length_decay_period, "length_decay_period")
         check_factor(self.length_decay_factor, "length_decay_factor")
         check_min_ratio(self.length_decay_min_lr_ratio, "length_decay_min_lr_ratio")
+        check_fraction(self.ess_rate_reference, "ess_rate_reference")
+        check_fraction(self.ess_rate_min_scale, "ess_rate_min_scale")
         if not (math.isfinite(self.length_surge_ratio) and self.length_surge_ratio > 1):
             raise ValueError(
                 f"`length_surge_ratio` is {self.length_surge_ratio}: a surge is growth, so it exceeds 1. Use e.g. 3."
@@ -282,12 +338,7 @@ class DCGRPOConfig(GRPOConfig):
                 "False",
             ),
         }
-        for name, (applies, reason, remedy) in refused.items():
-            if applies:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r} with `router_replay=True`: {reason}. Use {remedy}, or "
-                    "`router_replay=False`."
-                )
+        combinations.refuse(self, refused, "`router_replay=True`", "`router_replay=False`")
 
     def _set_up_rloo(self) -> None:
         if self.multi_objective_aggregation != "sum_then_normalize":
@@ -302,22 +353,6 @@ class DCGRPOConfig(GRPOConfig):
             )
         self.scale_rewards = "none"
 
-    def _check_dropping(self) -> None:
-        """Terms of the loss that the advantage does not scale keep the dropped groups in their normaliser."""
-        other_losses = self.loss_type in (*SEQUENCE_MEAN_LOSSES, "bnpo")
-        refused = {
-            "beta": (self.beta != 0 and other_losses, "0, or a loss that divides by tokens, such as 'dapo'"),
-            "entropy_coef": (self.entropy_coef != 0, "0"),
-            "use_adaptive_entropy": (self.use_adaptive_entropy, "False"),
-        }
-        for name, (applies, remedy) in refused.items():
-            if applies:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)} with `zero_variance_groups='drop'` and `loss_type="
-                    f"{self.loss_type!r}`: its term of the loss would still be averaged over the dropped groups. Use "
-                    f"{remedy}, or `zero_variance_groups='keep'`."
-                )
-
     def _check_sampling(self) -> None:
         """The two engines must mean the same distribution, or the discrepancy gets a floor of p(1/S − 1).
 
@@ -325,43 +360,17 @@ class DCGRPOConfig(GRPOConfig):
         """
         in_process = self._engine.copies_policy
         engine = IN_PROCESS if in_process else VLLM if self.use_vllm else ANY_ENGINE
-        cause = "`rollout_backend='transformers'`" if in_process else f"`constraint={self.constraint!r}`"
+        cause = "`rollout_backend='transformers'`" if in_process else self.needs_log_probs
         settings = {"temperature": self.temperature, "max_completion_length": self.completion_limit}
         if in_process:
             check_decoding(self.temperature, self.completion_limit)
+        # What is left for both: no constraint, no rules, and a correction of TRL's.
+        without = "`constraint='none'`" + (" without `rejection`" if self.rejection else "")
         given = [(name, name, getattr(self, name)) for name in ("top_p", "top_k", "repetition_penalty")]
         given.append(("min_p", "min_p", 0.0 if self.min_p is None else self.min_p))  # as TRL hands it over
         given.append(("vllm_structured_outputs_regex", "structured_outputs", self.vllm_structured_outputs_regex))
         given += [(f"generation_kwargs[{k!r}]", k, v) for k, v in self.extra_sampling_parameters.items()]
         for name, option, value in given:
-            refused = objection(option, value, engine, settings)
+            refused = objection(option, value, engine, settings, without)
             if refused is not None:
                 raise ValueError(f"`{name}` is {without_secrets(option, value)!r} with {cause}: {refused}")
-
-    def _check_loss(self) -> None:
-        """What a (B, T) advantage would silently change is refused."""
-        both = ["`discrepancy_level='sequence'`", "`importance_sampling_level='token'`"]
-        levels = both if self.loss_type == "luspo" else both[::-1]  # LUSPO is a sequence's loss by its design
-        refused = {
-            "loss_type": (
-                self.loss_type in ("sapo", "vespo"),
-                "its weights depend on the sign of a sequence's advantage, which a token's penalty can flip",
-                "Use a loss such as 'dapo', 'grpo', 'bnpo', 'dr_grpo' or 'cispo'",
-            ),
-            "importance_sampling_level": (
-                self.importance_sampling_level == "sequence" and self.discrepancy_level == "token",
-                "the objective has one ratio per sequence, but the penalty is per token",
-                f"Use {levels[0]}, or {levels[1]}",
-            ),
-            "off_policy_mask_threshold": (
-                self.off_policy_mask_threshold is not None,
-                "the mask reads the sign of a sequence's advantage, which a token's penalty can flip",
-                "Leave it unset",
-            ),
-        }
-        for name, (applies, reason, remedy) in refused.items():
-            if applies:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r} with `constraint={self.constraint!r}`: {reason}. {remedy}, "
-                    "or use `constraint='none'`."
-                )

@@ -5,7 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -17,17 +17,21 @@ from dc_trl.config import DCGRPOConfig
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance, penalty_notices
 from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
-from dc_trl.estimators.importance import ImportanceSampling
+from dc_trl.estimators.importance import DRPO, ImportanceSampling
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.token_log import TokenLog
 from dc_trl.rollouts.engines import check_log_prob_source, check_route_source
 from dc_trl.step import Step, constrain
 from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
+from dc_trl.training.ess_rate_callback import EssRateCallback
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.length_decay_callback import LengthDecayCallback
 from dc_trl.training.ragged import score_in_parts
+from dc_trl.training.rate_callback import RateCallback
 from dc_trl.training.saving_trainer import SavingTrainer
+
+Rate = TypeVar("Rate", bound=RateCallback)
 
 
 class DCGRPOTrainer(SavingTrainer):
@@ -49,7 +53,8 @@ class DCGRPOTrainer(SavingTrainer):
       (B,) or (B, T), and `importance_sampling_ratio` after that forward. A ragged batch takes one forward for each of
       its parts.
     - `training_step`, `evaluation_loop`, `_step`, `_metrics`: where a generation batch, or an evaluation, ends;
-      the end of the first is also that of the backward, up to which router replay holds
+      the end of the first is also that of the backward, up to which router replay holds, and after the last of which
+      rejection settles what the loss is divided by
     - `create_optimizer`, `optimizer`: float32 masters of weights in bf16, where trainer and sampler share one rounding
     - `train`, `_load_best_model`: where the engine's weights, `_last_loaded_step`, and what it sampled, `_step` and
       `_buffered_inputs`, are no longer current
@@ -59,6 +64,7 @@ class DCGRPOTrainer(SavingTrainer):
     - `vllm_generation`, `use_vllm`, `vllm_mode`, `_last_loaded_step`, `temperature`: the slot of the rollout engine,
       `sync_weights()` and `generate()`
     - `accelerator`, `eos_token_ids`, `hub_model_id`, `loss_type`, `num_generations`, `num_generations_eval`: read
+    - `aux_loss_enabled`, `router_aux_loss_coef`: read
     - `num_iterations`, `multi_objective_aggregation`, `ref_model`, `reward_weights`, `state`: read
 
     An iteration of the dual is one generation batch, or one optimizer step where a step spans several; λ is constant
@@ -123,6 +129,8 @@ class DCGRPOTrainer(SavingTrainer):
                 surge_ratio=args.length_surge_ratio,
             )
             self.add_callback(decay)
+        if args.ess_rate:
+            self.add_callback(EssRateCallback(args.ess_rate_reference, args.ess_rate_min_scale))
         self.add_callback(RunLogCallback({"rounding_in_force": self._sync_rounding}))
 
     def _handle_dropout(self) -> None:
@@ -138,11 +146,17 @@ class DCGRPOTrainer(SavingTrainer):
         )
         self._say_once([("dropout", message)])
 
+    def _rate_callback(self, kind: type[Rate]) -> Rate | None:
+        # Looked up each time: transformers may replace callbacks when it restores a checkpoint.
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, kind)), None)
+
     @property
     def _length_decay(self) -> LengthDecayCallback | None:
-        # Looked up each time: transformers may replace callbacks when it restores a checkpoint.
-        found = (c for c in self.callback_handler.callbacks if isinstance(c, LengthDecayCallback))
-        return next(found, None)
+        return self._rate_callback(LengthDecayCallback)
+
+    @property
+    def _ess_rate(self) -> EssRateCallback | None:
+        return self._rate_callback(EssRateCallback)
 
     @property
     def discrepancy_tolerance(self) -> float | None:
@@ -157,7 +171,7 @@ class DCGRPOTrainer(SavingTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL's correction costs a second forward here; the loss forward gives the same log-probs for nothing.
-        correction = self.vllm_importance_sampling_correction and self.args.constraint == "none"
+        correction = self.vllm_importance_sampling_correction and not self.args.corrects_itself
         with temporary_attributes(self, vllm_importance_sampling_correction=correction):
             batch = super()._generate_and_score_completions(inputs)
         if self._length_decay is not None and self.model.training:
@@ -171,7 +185,7 @@ class DCGRPOTrainer(SavingTrainer):
         if "sampling_per_token_logps" not in inputs:
             return super()._compute_loss(model, inputs)
         # The correction applies to log-probs from any source, although TRL asks for vLLM's.
-        correct = {} if self.args.constraint == "none" else {"use_vllm": True}
+        correct = {"use_vllm": True} if self.args.corrects_itself else {}
         own = dict(inputs)  # the generation batch may be used again
         with temporary_attributes(self, _loss_inputs=own, **correct):
             return super()._compute_loss(model, own)
@@ -213,10 +227,20 @@ class DCGRPOTrainer(SavingTrainer):
             constraint=self._constraint,
             correction=self._correction,
             loss_weight=inputs.get("loss_weight", 1.0),
+            rejection=self._rejection,
+            early=inputs.get("rejected_early"),
+            current_logps=logps,
         )
+        self._take_verdict(step.verdict)
         if self.args.constraint != "none":
             inputs["advantages"] = step.penalised_advantages
+        elif step.verdict is not None:
+            inputs["advantages"] = step.rejected_advantages
+        if self.args.corrects_itself:
             inputs["importance_sampling_ratio"] = step.importance_ratio
+        if self.args.vllm_importance_sampling_mode == DRPO:
+            # Its ratio is to the sampler, whole: TRL's, to the policy before the update, is 1, and clips nothing.
+            inputs["old_per_token_logps"] = logps
         for observe in self.step_observers:
             observe(inputs, step)
 
@@ -230,6 +254,7 @@ class DCGRPOTrainer(SavingTrainer):
             mode=args.vllm_importance_sampling_mode,
             clip_min=args.vllm_importance_sampling_clip_min,
             clip_max=args.vllm_importance_sampling_clip_max,
+            limit=args.drpo_limit,
         )
 
     def _measure(self, inputs: dict[str, Any], step: Step) -> None:
@@ -275,33 +300,39 @@ class DCGRPOTrainer(SavingTrainer):
 
     def _finish_iteration(self, mode: str) -> None:
         """Reduces the iteration's summaries over micro-batches and ranks, logs them, and steps the dual variable."""
-        summary = self._instruments.reduce(mode, self.accelerator.gather)
-        if summary is None:
+        reduced = self._instruments.reduce(mode, self.accelerator.gather)
+        if reduced is None:
             return
+        summary, rejected = reduced
         mean = mean_discrepancy(summary, self.args.discrepancy_average).item()
         values = {f"dc/{key}": v.item() for key, v in metrics(summary, self.args.discrepancy_average).items()}
         values |= {f"dc/{key}": value for key, value in self._constraint.metrics(mean).items()}
-        if self.args.constraint != "none" and self.vllm_importance_sampling_correction:
+        values |= {f"dc/{key}": v.item() for key, v in self._rejection_metrics(rejected).items()}
+        if self.args.corrects_itself and self.vllm_importance_sampling_correction:
             values |= {f"sampling/{key}": v.item() for key, v in correction_metrics(summary).items()}
         for key, value in values.items():
             self._metrics[mode][key].append(value)
         if mode == "train":
             if self._token_log is not None:
                 self._token_log.end_iteration()
+            if self._ess_rate is not None:
+                self._ess_rate.observe(self.state.global_step + 1, values["dc/ess"])
             notices = self._constraint.update(mean)
             notices += penalty_notices(values["dc/penalty_share"], values["dc/penalty_only"])
+            notices += self._of_rejection(rejected)
             if self._dropout:
                 notices.append(("dropout", f"dropout is on {describe_dropout(self._dropout)}, which `dc/*` measures."))
             self._say_once(notices)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as TRL does, with `dc/grad_norm_smoothed` and `length_decay/*` added to training logs."""
+        """Logs as TRL does, with `dc/grad_norm_smoothed`, `length_decay/*` and `ess_rate/*` added to training logs."""
         if self.model.training and "grad_norm" in logs:
             smoothed = self._instruments.smooth_grad_norm(float(logs["grad_norm"]))
             if smoothed is not None:
                 logs["dc/grad_norm_smoothed"] = smoothed
-        if self.model.training and "loss" in logs and self._length_decay is not None:
-            logs |= self._length_decay.metrics()
+        if self.model.training and "loss" in logs:
+            for callback in filter(None, (self._length_decay, self._ess_rate)):
+                logs |= callback.metrics()
         super().log(logs, start_time)
         if self._token_log is not None and self.model.training:
             writer = self._tokenizer.decode if self.is_world_process_zero() else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Truncated and masked importance sampling between the two engines, as TRL defines its modes.
+"""Truncated and masked importance sampling between the two engines, as TRL defines its modes, and DRPO's weight.
 
 Shapes: B sequences, T completion tokens.
 """
@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from dc_trl.discrepancy import LOG_RATIO_BOUND
+from dc_trl.estimators.drpo import DRPO_LIMIT, drpo_weight
 
 IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+DRPO = "drpo"
+# Every value of `vllm_importance_sampling_mode`; TRL itself knows the first four.
+CORRECTIONS = (*IMPORTANCE_SAMPLING_MODES, DRPO)
 
 
 def importance_sampling_ratio(
@@ -59,14 +63,48 @@ def importance_sampling_ratio(
 
 
 class ImportanceSampling(NamedTuple):
-    """The correction of a run: the mode and the bounds that `importance_sampling_ratio` takes."""
+    """The correction of a run.
+
+    Attributes:
+        mode: one of `CORRECTIONS`.
+        clip_min, clip_max: bounds, as `importance_sampling_ratio` takes them; `drpo` has none.
+        limit: δ of `drpo`.
+    """
 
     mode: str
     clip_min: float | None
     clip_max: float | None
+    limit: float = DRPO_LIMIT
 
-    def ratio(self, train_logps: Tensor, sampling_logps: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight and the tokens it keeps; see `importance_sampling_ratio`."""
-        return importance_sampling_ratio(
-            train_logps, sampling_logps, valid, mode=self.mode, clip_min=self.clip_min, clip_max=self.clip_max
-        )
+    def ratio(
+        self,
+        train_logps: Tensor,
+        sampling_logps: Tensor,
+        valid: Tensor,
+        current_logps: Tensor | None = None,
+        advantages: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weight, and the tokens that it keeps.
+
+        Args:
+            train_logps, sampling_logps, valid: as for `importance_sampling_ratio`.
+            current_logps: log π of the policy in this update, (B, T); `drpo` takes it for π. None: `train_logps`.
+            advantages: (B,), (B, 1) or (B, T), after a penalty; for `drpo` alone.
+
+        Returns:
+            As `importance_sampling_ratio`; `drpo` gives ρ w, not truncated, and keeps everything.
+
+        Raises:
+            ValueError: for an unknown mode, or for `drpo` without advantages.
+        """
+        if self.mode != DRPO:
+            return importance_sampling_ratio(
+                train_logps, sampling_logps, valid, mode=self.mode, clip_min=self.clip_min, clip_max=self.clip_max
+            )
+        if advantages is None:
+            raise ValueError("`advantages` is None with 'drpo', whose weight depends on their sign. Pass them.")
+        current = train_logps if current_logps is None else current_logps
+        log_ratio = torch.where(valid, current - sampling_logps, torch.zeros_like(current))
+        ratio = log_ratio.clamp(max=LOG_RATIO_BOUND).exp()
+        weight = drpo_weight(current, sampling_logps, valid, advantages, self.limit)
+        return ratio * weight, torch.ones_like(valid)

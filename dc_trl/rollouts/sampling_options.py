@@ -113,7 +113,9 @@ OPTIONS: dict[str, Option] = {
 }
 
 
-def objection(name: str, value: Any, engine: str, settings: Mapping[str, Any]) -> str | None:
+def objection(
+    name: str, value: Any, engine: str, settings: Mapping[str, Any], without: str = "`constraint='none'`"
+) -> str | None:
     """Why an engine must not be given a sampling option, and the way out; None if it may be.
 
     Args:
@@ -121,13 +123,14 @@ def objection(name: str, value: Any, engine: str, settings: Mapping[str, Any]) -
         value: of the option.
         engine: `VLLM`, `IN_PROCESS` or `ANY_ENGINE`.
         settings: `temperature` and `max_completion_length` of the run.
+        without: the setting with which nothing compares the engines.
 
     Returns:
         Two sentences, the first without a capital, for an error that has named option and value.
     """
     option = OPTIONS.get(name)
     if option is None:
-        return f"{_UNKNOWN}. {_way_out(engine, None)}"
+        return f"{_UNKNOWN}. {_way_out(engine, None, without)}"
     if engine == VLLM and not option.vllm:
         return "vLLM has no such option. Leave it unset."
     if value is None and option.unset_by_none:
@@ -137,19 +140,19 @@ def objection(name: str, value: Any, engine: str, settings: Mapping[str, Any]) -
     if option.same_as is not None and value == settings[option.same_as]:
         return None
     reason = "this engine does not follow it" if option.free else option.reason.format(**settings)
-    return f"{reason}. {_way_out(engine, option)}"
+    return f"{reason}. {_way_out(engine, option, without)}"
 
 
-def _way_out(engine: str, option: Option | None) -> str:
+def _way_out(engine: str, option: Option | None, without: str) -> str:
     """The remedy: what to set, and which engine takes the option, under which constraint."""
     first = option.instead if option and option.instead else "Leave it unset"
     if engine != IN_PROCESS:
-        return f"{first}, or use `constraint='none'`."
+        return f"{first}, or use {without}."
     if option and option.free and option.vllm:
         return f"{first}, or leave `rollout_backend` unset and use vLLM (`use_vllm=True`), which follows it."
     return (
-        f"{first}, or use `constraint='none'` and leave `rollout_backend` unset: then TRL's own generation takes it, "
-        "and so does vLLM with `use_vllm=True`."
+        f"{first}, or use {without} and leave `rollout_backend` unset: then TRL's own generation takes it, and so "
+        "does vLLM with `use_vllm=True`."
     )
 
 

@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EssRateCallback: `dc_trl.training.ess_rate` as a callback for any trainer that logs `dc/ess`, or calls `observe`."""
+"""EssRateCallback: `dc_trl.estimators.ess_rate` for any trainer that logs `dc/ess`, or calls `observe`."""
 
-import logging
-from typing import Any, cast
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from dc_trl.length_decay import RateScaler
-from dc_trl.training.ess_rate import EssRate
-
-logger = logging.getLogger(__name__)
+from dc_trl.estimators.ess_rate import EssRate
+from dc_trl.training.rate_callback import RateCallback
 
 ESS_KEY = "dc/ess"
 
 
-class EssRateCallback(TrainerCallback, ExportableState):
+class EssRateCallback(RateCallback):
     """Scales each update's learning rate by √(ESS/B) of its own batch: VCPO, arXiv 2602.17616.
 
     Multiplies whatever base schedule runs, and whatever other callback scales it through a `RateScaler`
     (`LengthDecayCallback`): each remembers its own factor in every rate, so their order does not matter.
 
     A trainer that knows the ESS of a batch before its optimizer step calls `observe`; the scale then acts on that very
-    update. From the log alone, where `dc/ess` appears after its update, it acts on the next. Under DeepSpeed, whose
-    optimizer steps inside the last backward, it acts on the next as well.
+    update, and the log is no longer read. From the log alone, where `dc/ess` appears after its update, it acts on the
+    next. Under DeepSpeed, whose optimizer steps inside the last backward, it acts on the next as well. Where a batch
+    serves several updates, its scale holds until the next is observed.
 
     Every rank must see the same ESS, one of all ranks together. A resumed run goes on as if it had not stopped: the
     state travels in `trainer_state.json`. One such callback per trainer.
@@ -43,11 +40,14 @@ class EssRateCallback(TrainerCallback, ExportableState):
 
     def _reset(self) -> None:
         self.rate = EssRate(self.reference, self.min_scale)
-        self._scaler: RateScaler | None = None
+        self._is_told = False
+
+    def _restore(self, progress: dict[str, Any]) -> None:
+        self.rate.load_state_dict(progress["rate"])
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps: the constructor's arguments and the progress of the run."""
-        progress = {"rate": self.rate.state_dict(), "rates": self._scaler.state_dict() if self._scaler else None}
+        progress = {"rate": self.rate.state_dict(), "rates": self._saved_rates()}
         arguments = {"reference": self.reference, "min_scale": self.min_scale}
         return {"args": arguments, "attributes": {"progress": progress}}
 
@@ -58,40 +58,10 @@ class EssRateCallback(TrainerCallback, ExportableState):
     def observe(self, step: int, ess: float) -> None:
         """Takes ESS/B, in (0, 1], of the batch of update `step`, before the optimizer's step where it is known.
 
-        The logged value of a step observed before is then ignored. Every rank must pass the same number.
+        What is logged is then ignored: a mean over the logging window. Every rank must pass the same number.
         """
+        self._is_told = True
         self.rate.update(step, ess)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes up the optimizer and, in a resumed run, the saved progress.
-
-        Raises:
-            ValueError: if the trainer has two of these callbacks, or its scheduler cannot be scaled.
-        """
-        name = type(self).__name__
-        # Declared as a list, but a dict of states by class name once the trainer has built or loaded it.
-        states = cast(dict[str, Any], state.stateful_callbacks)
-        saved = states.get(name)
-        if isinstance(saved, list):
-            raise ValueError(f"{len(saved)} {name}s on one trainer would each scale the learning rate: pass one.")
-        self._reset()
-        self._scaler = RateScaler(kwargs["optimizer"], kwargs.get("lr_scheduler"))
-        if state.global_step > 0 and saved is not None:  # at step 0 it is only the trainer's placeholder
-            progress = saved["attributes"]["progress"]
-            self.rate.load_state_dict(progress["rate"])
-            if progress["rates"]:
-                self._scaler.load_state_dict(progress["rates"])
-        elif state.global_step > 0:
-            if state.is_world_process_zero:
-                logger.warning(
-                    "The checkpoint at step %d has no state of %s: the rates are taken as unscaled. Harmless if the "
-                    "run had none before.",
-                    state.global_step,
-                    name,
-                )
-            states[name] = self.state()  # the trainer looks the name up when it saves
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,11 +90,8 @@ class EssRateCallback(TrainerCallback, ExportableState):
         """Adds `metrics()` to the record of a training log and observes its `dc/ess`; leaves evaluation logs alone."""
         if logs is None or not (ESS_KEY in logs or "loss" in logs):
             return
-        used = self.metrics()  # of the update that is logged, which did not know the value that comes with its log
-        logs.update(used)
-        # The trainer copies the logs into the history before it calls its callbacks.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(used)
+        # Of the update that is logged, which did not know the value that comes with its log.
+        self._into_record(state, logs, self.metrics())
         ess = logs.get(ESS_KEY)
-        if ess is not None:
-            self.observe(state.global_step, ess)
+        if ess is not None and not self._is_told:
+            self.rate.update(state.global_step, ess)

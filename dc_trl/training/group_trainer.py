@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dc_trl.config import SEQUENCE_MEAN_LOSSES, DCGRPOConfig
+from dc_trl.config import DCGRPOConfig
 from dc_trl.estimators.advantage import rloo_advantages, zero_variance_groups
+from dc_trl.estimators.rejection.normaliser import SEQUENCE_MEAN_LOSSES
 from dc_trl.training.pushing_trainer import PushingTrainer
 
 # Advantages of `multi_objective_aggregation="normalize_then_sum"` have a standard deviation of 1 over the batch. Where

@@ -15,7 +15,7 @@ GRAD_NORM_SMOOTHING = 0.9
 
 
 class Instruments:
-    """The summaries of the micro-batches of an iteration, and the smoothed gradient norm of the run."""
+    """The summaries of the micro-batches of an iteration, what was rejected, and the smoothed gradient norm."""
 
     def __init__(self) -> None:
         self._summaries: dict[str, list[Tensor]] = {"train": [], "eval": []}
@@ -23,9 +23,12 @@ class Instruments:
 
     def add(self, mode: str, step: Step) -> None:
         """Takes in the record of one micro-batch; `mode` is train or eval."""
-        self._summaries[mode].append(step.summary())
+        summary, rejected = step.summary(), step.rejected()
+        self._size = len(summary)
+        # Sums, as most of a summary; behind its maxima, so that one reduction serves both.
+        self._summaries[mode].append(summary if rejected is None else torch.cat([summary, rejected.to(summary.dtype)]))
 
-    def reduce(self, mode: str, gather: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def reduce(self, mode: str, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
         """Empties the collection into one summary over micro-batches and ranks, (K,), on the CPU.
 
         Args:
@@ -33,12 +36,14 @@ class Instruments:
             gather: concatenates (1, K) of every rank to (ranks, K); called once, and on every rank or on none.
 
         Returns:
-            None if there was nothing to measure.
+            The summary, and the counts of what was rejected, of `Step.rejected`, or (0,) without rules. None if there
+            was nothing to measure.
         """
         summaries, self._summaries[mode] = self._summaries[mode], []
         if not summaries:
             return None
-        return combine(gather(combine(torch.stack(summaries)).unsqueeze(0))).cpu()
+        reduced = combine(gather(combine(torch.stack(summaries)).unsqueeze(0))).cpu()
+        return reduced[: self._size], reduced[self._size :]
 
     def smooth_grad_norm(self, norm: float) -> float | None:
         """Exponential mean of the gradient norm (arXiv 2602.01826, figure 3); skips a norm that is not finite."""

@@ -3,22 +3,19 @@
 
 import logging
 import math
-from typing import Any, cast
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dc_trl.length_decay import (
     LengthSurgeDetector,
-    RateScaler,
     check_factor,
     check_min_ratio,
     check_period,
     decay_period,
     length_decay_scale,
 )
-
-logger = logging.getLogger(__name__)
+from dc_trl.training.rate_callback import RateCallback
 
 LENGTH_KEY = "completions/mean_length"
 
@@ -34,7 +31,7 @@ _DECAYING_SCHEDULES = {
 }
 
 
-class LengthDecayCallback(TrainerCallback, ExportableState):
+class LengthDecayCallback(RateCallback):
     """Halves the learning rate every T_decay updates, down to a floor: length-decay, arXiv 2602.01826, Algorithm 1.
 
     Multiplies whatever base schedule runs, with any number of parameter groups. Update t uses
@@ -84,9 +81,7 @@ class LengthDecayCallback(TrainerCallback, ExportableState):
         self.period = self._given_period
         self.lr_scale = 1.0
         self.detector = LengthSurgeDetector(ratio=self.surge_ratio)
-        self._scaler: RateScaler | None = None
         self._length_limit: int | None = None
-        self._is_main = True
         self._sparse_warned = False
 
     def state(self) -> dict[str, Any]:
@@ -94,7 +89,7 @@ class LengthDecayCallback(TrainerCallback, ExportableState):
         progress = {
             "lr_scale": self.lr_scale,
             "detector": self.detector.state_dict(),
-            "rates": self._scaler.state_dict() if self._scaler else None,
+            "rates": self._saved_rates(),
         }
         arguments = {
             "period": self._given_period,
@@ -142,25 +137,8 @@ class LengthDecayCallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: if the trainer has two of these callbacks, or its scheduler cannot be scaled.
         """
-        name = type(self).__name__
-        # Declared as a list, but a dict of states by class name once the trainer has built or loaded it.
-        states = cast(dict[str, Any], state.stateful_callbacks)
-        saved = states.get(name)
-        if isinstance(saved, list):
-            raise ValueError(f"{len(saved)} {name}s on one trainer would each halve the learning rate: pass one.")
-        self._reset()
-        self._is_main = state.is_world_process_zero
+        super().on_train_begin(args, state, control, **kwargs)
         self._length_limit = getattr(args, "max_completion_length", None)
-        self._scaler = RateScaler(kwargs["optimizer"], kwargs.get("lr_scheduler"))
-        if state.global_step > 0 and saved is not None:  # at step 0 it is only the trainer's placeholder
-            self._restore(saved["attributes"]["progress"])
-        elif state.global_step > 0:
-            self._log(
-                logging.WARNING,
-                f"The checkpoint at step {state.global_step} has no state of {name}: the surge detector starts "
-                "afresh, and the rates are taken as unscaled. Harmless if the run had none before.",
-            )
-            states[name] = self.state()  # the trainer looks the name up when it saves
         self._check_base_schedule(args)
 
     def _restore(self, progress: dict[str, Any]) -> None:
@@ -168,8 +146,6 @@ class LengthDecayCallback(TrainerCallback, ExportableState):
         self.lr_scale = progress["lr_scale"]
         if self._given_period is None and self.detector.surge_step is not None:
             self.period = decay_period(self.detector.surge_step, self.surge_factor)
-        if self._scaler and progress["rates"]:
-            self._scaler.load_state_dict(progress["rates"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -202,10 +178,7 @@ class LengthDecayCallback(TrainerCallback, ExportableState):
         if length is not None:  # None: TRL had no valid value
             self._check_sparse_logs(state)
             self.observe(state.global_step, length)
-        logs.update(self.metrics())
-        # The trainer copies the logs into the history before it calls its callbacks.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(self.metrics())
+        self._into_record(state, logs, self.metrics())
 
     def _check_length_limit(self) -> None:
         typical = self.detector.recent_length
@@ -238,7 +211,3 @@ class LengthDecayCallback(TrainerCallback, ExportableState):
                 f"`lr_scheduler_type` is '{schedule}', which lowers the learning rate by itself, and length-decay "
                 "multiplies it. Set `lr_scheduler_type='constant'`, the paper's base, unless both are meant.",
             )
-
-    def _log(self, level: int, message: str) -> None:
-        if self._is_main:
-            logger.log(level, message)

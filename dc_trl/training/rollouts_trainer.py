@@ -108,10 +108,11 @@ class RolloutsTrainer(RouterReplayTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
         self._note_sync("train" if self.model.training else "eval")
-        if self.args.constraint != "none" and "sampling_per_token_logps" not in batch:
+        needing = self.args.needs_log_probs
+        if needing and "sampling_per_token_logps" not in batch:
             raise ValueError(
-                f"The rollouts carry no log-probs, which `constraint={self.args.constraint!r}` needs. Return "
-                "`logprobs` from `rollout_func`, use another rollout engine, or set `constraint='none'`."
+                f"The rollouts carry no log-probs, which {needing} needs. Return `logprobs` from `rollout_func`, use "
+                "another rollout engine, or leave it out (`constraint='none'`)."
             )
         if self._faulty_rows:
             batch["measured_logps"] = _without_rows(batch, list(self._faulty_rows))

@@ -10,13 +10,13 @@ from dc_trl.constraint import DiscrepancyConstraint
 from dc_trl.records.card import model_card
 from dc_trl.rollouts import deployed
 from dc_trl.training.instruments import Instruments
-from dc_trl.training.rollouts_trainer import RolloutsTrainer
+from dc_trl.training.rejection_trainer import RejectionTrainer
 from dc_trl.training.state import measured_with, restore, write_state
 
 logger = logging.get_logger(__name__)
 
 
-class SavingTrainer(RolloutsTrainer):
+class SavingTrainer(RejectionTrainer):
     """GRPO that saves the constraint with its checkpoints, and says in the model card what it came to."""
 
     _constraint: DiscrepancyConstraint

@@ -54,6 +54,25 @@ def test_plans_in_a_process_of_its_own(tiny: Path) -> None:
     assert "updates per generation batch" in result.stdout and not (tiny / "outputs/tiny/run").exists()
 
 
+def test_rules_come_from_the_command_line(tiny: Path) -> None:
+    pytest.importorskip("math_verify")
+    rules = ["--rejection", "geometric", "icepop", "--rejection_bounds", '{"icepop": {"high": 2.0}}']
+    flags = ["--max_steps", "4", "--logging_steps", "4", "--disable_tqdm", "true", "--save_strategy", "steps"]
+    assert main(["train", "--config", str(TINY), *rules, *flags, "--save_steps", "4", "--ess_rate", "true"]) == 0
+    state = json.loads((tiny / "outputs/tiny/run/checkpoint-4/trainer_state.json").read_text())
+    entry = state["log_history"][0]
+    assert {"dc/rejection/geometric/tokens", "dc/rejection/icepop/tokens", "ess_rate/lr_scale"} <= entry.keys()
+
+
+def test_rules_and_their_bounds_come_from_a_recipe(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = yaml.safe_load(TINY.read_text(encoding="utf-8"))
+    # YAML takes 1e-5 for a text.
+    text = "rejection: [token_veto, icepop]\nrejection_bounds:\n  token_veto: {low: 1e-5}\n"
+    (tiny / "rules.yaml").write_text(yaml.safe_dump(recipe) + text, encoding="utf-8")
+    assert main(["train", "--config", str(tiny / "rules.yaml"), "--dry_run"]) == 0
+    assert "token_veto (low 1e-05); icepop (low 0.5, high 5)" in capsys.readouterr().out
+
+
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stands in for Accelerate's launcher; returns the list of what it was given."""
     calls: list[Any] = []

@@ -14,6 +14,7 @@ QUESTIONS = {
     "kind of constraint",
     "rollout engine",
     "importance-sampling mask",
+    "rejection rule",
     "panel of the report",
     "check of a calibration",
     "benchmark",

@@ -16,7 +16,7 @@ from trl import GRPOConfig
 
 from dc_trl import DCGRPOConfig, LengthDecayCallback
 
-OURS = ("dc/", "length_decay/", "sampling/")
+OURS = ("dc/", "length_decay/", "ess_rate/", "sampling/")
 
 
 def documented_keys() -> list[str]:
@@ -40,9 +40,10 @@ def surge_keys() -> set[str]:
 
 
 def test_every_logged_key_is_documented_and_the_reverse(tmp_path: Path) -> None:
-    options = {"length_decay": True, "tolerance_calibration_batches": 1}
+    options = {"length_decay": True, "ess_rate": True, "rejection": ["icepop"], "tolerance_calibration_batches": 1}
     evaluation = {"eval_dataset": PROMPTS.select(range(4)), "eval_strategy": "steps", "eval_steps": 2}
     produced = logged_keys(dc_trainer(tmp_path, **options, **evaluation)) | surge_keys()
+    produced = {key.replace("rejection/icepop", "rejection/RULE") for key in produced}
     documented = documented_keys()
     assert len(documented) == len(set(documented))
     assert set(documented) == produced
@@ -143,7 +144,8 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_pages_name_only_keys_that_exist(page: Path) -> None:
     known = set(documented_keys())
-    named = re.findall(r"`((?:dc|length_decay|sampling)/[\w/]+)`", page.read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:dc|length_decay|ess_rate|sampling)/[\w/]+)`", page.read_text(encoding="utf-8"))
     # A family, such as `dc/importance_ratio`, stands for its members.
+    named = [re.sub("rejection/(drift|icepop)", "rejection/RULE", key) for key in named]
     unknown = {key for key in named if key not in known and not any(k.startswith(f"{key}/") for k in known)}
     assert not unknown

@@ -206,11 +206,11 @@ def test_rules_combine_and_are_reported_apart() -> None:
     assert counts.tolist() == [8, 3, 6, 2, 4, 3, 8, 3]
     assert {key: float(value) for key, value in rejection_metrics(counts, [*names, "any"]).items()} == pytest.approx(
         {
-            "rejection/max_tv": 6 / 8,
+            "rejection/max_tv/tokens": 6 / 8,
             "rejection/max_tv/sequences": 2 / 3,
-            "rejection/icepop": 4 / 8,
+            "rejection/icepop/tokens": 4 / 8,
             "rejection/icepop/sequences": 1.0,
-            "rejection/any": 1.0,
+            "rejection/any/tokens": 1.0,
             "rejection/any/sequences": 1.0,
         }
     )
@@ -403,13 +403,17 @@ def test_given_bounds_replace_defaults_one_by_one() -> None:
         (["max_tv"], {"max_tv": {"high": -0.1}}, r"is -0.1.*Use e.g. 0.15"),
         (["max_tv"], {"max_tv": {"high": math.nan}}, r"is nan"),
         (["max_tv"], {"max_tv": {"high": True}}, r"is True"),
-        (["max_tv"], {"max_tv": {"high": "0.1"}}, r"is '0.1'"),
+        (["max_tv"], {"max_tv": {"high": "a tenth"}}, r"is 'a tenth'"),
         (["max_tv"], {"max_tv": {"high": None}}, r"is None"),
     ],
 )
 def test_what_cannot_work_is_named(rejection: list[str], bounds: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_bounds(rejection, bounds)
+
+
+def test_a_number_may_come_as_text_as_yaml_gives_it() -> None:
+    assert resolve_bounds(["token_veto"], {"token_veto": {"low": "1e-5"}}) == {"token_veto": {"low": 1e-5}}
 
 
 def test_a_rule_of_ones_own_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,19 @@ def masked_if_odd(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return output | {"env_mask": [[int(prompt[0] in "24")] * len(ids) for prompt, ids in pairs]}
 
 
+REJECTING: dict[str, Any] = {"rejection": ["icepop"], "rejection_bounds": {"icepop": {"low": 0.0, "high": 1e4}}}
+
+
+def far_in_places(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Replayed rollouts with a far token in every one, and with nothing else in those of the prompts "3+"."""
+    output = replayed_rollouts()(prompts, trainer)
+    for prompt, logprobs in zip(prompts, output["logprobs"], strict=True):
+        logprobs[1] = -30.0
+        if prompt[0] == "3":
+            logprobs[:] = [-30.0] * len(logprobs)
+    return output
+
+
 def train(
     output_dir: Path,
     world_size: int,
@@ -111,6 +124,19 @@ def replayed(directory: Path, world_size: int) -> dict[str, Any]:
     options = {"length_decay": True, "length_decay_period": 2, "reward_funcs": flat_for_3}
     options |= {"advantage_estimator": "rloo", "zero_variance_groups": "drop", "log_tokens": True}
     return train(directory, world_size, rollout_func=replayed_rollouts(), **options)
+
+
+def rejected(directory: Path, world_size: int) -> dict[str, Any]:
+    """Far tokens here and there, and everywhere in prompts of rank 1 alone: settled on the gradient. Both rates."""
+    rates = {"ess_rate": True, "length_decay": True, "length_decay_period": 2}
+    return train(directory, world_size, rollout_func=far_in_places, **REJECTING, **rates)
+
+
+def rejected_early(directory: Path, world_size: int) -> dict[str, Any]:
+    """The same in four micro-batches that serve two updates: settled on the advantages, over sequences."""
+    layout = {"per_device_train_batch_size": GLOBAL_BATCH // world_size // 4, "gradient_accumulation_steps": 4}
+    layout |= {"num_iterations": 2, "loss_type": "grpo"}
+    return train(directory, world_size, rollout_func=far_in_places, **REJECTING, **layout)
 
 
 def truncated(directory: Path, world_size: int) -> dict[str, Any]:
@@ -242,6 +268,8 @@ RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     run.__name__: run
     for run in (
         replayed,
+        rejected,
+        rejected_early,
         truncated,
         environment,
         engine,

@@ -140,7 +140,7 @@ def test_vespo_passes_where_its_mode_is_trls_business(tmp_path: Path, options: d
     ],
 )
 def test_the_first_way_out_is_the_one_that_keeps_the_loss(tmp_path: Path, loss: str, first: str, second: str) -> None:
-    with pytest.raises(ValueError, match=f"Use {first}, or {second}, or use `constraint='none'`"):
+    with pytest.raises(ValueError, match=f"Use {first}, or {second}, or `constraint='none'`"):
         config(tmp_path, loss_type=loss, importance_sampling_level="sequence")
 
 

@@ -14,7 +14,13 @@ from distributed_run import RUNS
 from places import SUPPORT
 
 SCRIPT = SUPPORT / "distributed_run.py"
-REPLAYED = ("replayed", "truncated", "environment")  # rollouts that do not depend on the number of processes
+REPLAYED = (
+    "replayed",
+    "rejected",
+    "rejected_early",
+    "truncated",
+    "environment",
+)  # rollouts that do not depend on the number of processes
 
 
 def launch(directory: Path, *runs: str) -> tuple[dict[str, Any], dict[str, Any]]:

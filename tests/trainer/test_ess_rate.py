@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dc_trl.training.ess_rate import EssRate, ess_rate_scale
+from dc_trl.estimators.ess_rate import EssRate, ess_rate_scale
 
 
 @pytest.mark.parametrize(

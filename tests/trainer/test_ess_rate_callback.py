@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
+from dc_trl.estimators.ess_rate import ess_rate_scale
 from dc_trl.length_decay import length_decay_scale
-from dc_trl.training.ess_rate import ess_rate_scale
 from dc_trl.training.ess_rate_callback import ESS_KEY, EssRateCallback
 from dc_trl.training.length_decay_callback import LengthDecayCallback
 

@@ -60,6 +60,7 @@ SEAMS = {
         "_step",
         "_tokenizer",
         "accelerator",
+        "aux_loss_enabled",
         "callback_handler",
         "eos_token_ids",
         "hub_model_id",
@@ -70,6 +71,7 @@ SEAMS = {
         "num_iterations",
         "ref_model",
         "reward_weights",
+        "router_aux_loss_coef",
         "state",
     },
     "VLLMGeneration": {

@@ -231,6 +231,14 @@ TAIL_PANELS = (
         Series("dc/log_ppl_abs_diff", "sum over tokens"),
     ),
     _tail(
+        "rejected",
+        "Rejected",
+        "fraction",
+        "Small and steady, where rejection is on; no range published. Rises: the rules hide what parts the engines.",
+        Series("dc/rejection/any/tokens", "of the tokens"),
+        Series("dc/rejection/any/sequences", "of the sequences", SECOND),
+    ),
+    _tail(
         "nan_fraction",
         "Tokens without log-prob",
         "fraction",

@@ -17,6 +17,7 @@ from dc_trl.commands.train.plan import (
     state_bytes,
     weight_bytes_of,
 )
+from dc_trl.estimators.rejection import resolve_bounds
 from dc_trl.records.text import terminal
 from dc_trl.rollouts.engines import engine_name, engine_of
 
@@ -125,8 +126,15 @@ def _constraint(args: Any) -> list[tuple[str, str]]:
             f"starts at {args.multiplier_init:g}, at most {args.multiplier_max:g}, dual_lr {args.dual_lr:g}",
         ),
         ("extra forwards for it", "0"),
+        ("rejection", _rejection(args)),
         ("length-decay", f"period {period}" if args.length_decay else "off"),
     ]
+
+
+def _rejection(args: Any) -> str:
+    rules = resolve_bounds(args.rejection, args.rejection_bounds or {})
+    bounds = {name: ", ".join(f"{bound} {value:g}" for bound, value in rule.items()) for name, rule in rules.items()}
+    return "; ".join(f"{name} ({words})" for name, words in bounds.items()) or "off"
 
 
 def _engine(args: Any, size: ModelSize, plan: BatchPlan, gpu_gib: float, weight_bytes: int) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 """Rejection: what of a batch is too far from the sampling engine's policy to be trained on.
 
 A rule decides which tokens are kept, and says nothing of the weight of those that are: that is the importance-sampling
-correction (`dc_trl.importance`). One rule a file; `RULES` is the only list of them.
+correction (`dc_trl.estimators.importance`). One rule a file; `RULES` is the only list of them.
 """
 
 import math
@@ -65,22 +65,26 @@ def _bounds_of(name: str, given: Any) -> dict[str, float]:
         raise ValueError(
             f"`rejection_bounds[{name!r}]` is {given!r}, which does not name its bounds. Use e.g. {defaults}."
         )
-    for bound, value in given.items():
+    for bound in given:
         if bound not in bounds:
             raise ValueError(
                 f"`rejection_bounds[{name!r}]` has {bound!r}, which the rule does not know. Use {tuple(bounds)}."
             )
-        _check_value(f"`rejection_bounds[{name!r}][{bound!r}]`", value, bounds[bound])
-    return defaults | {bound: float(value) for bound, value in given.items()}
+    checked = {b: _checked(f"`rejection_bounds[{name!r}][{b!r}]`", value, bounds[b]) for b, value in given.items()}
+    return defaults | checked
 
 
-def _check_value(what: str, value: Any, bound: Bound) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    if not is_number or not bound.minimum <= value <= bound.maximum:
+def _checked(what: str, value: Any, bound: Bound) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # also of "1e-4", which YAML takes for a text
+    except (TypeError, ValueError):
+        number = math.nan
+    if not bound.minimum <= number <= bound.maximum:
         raise ValueError(
             f"{what} is {value!r}, which is no number from {bound.minimum:g} to {bound.maximum:g}: outside, the rule "
             f"would reject tokens on which the engines agree, or none at all. Use e.g. {bound.default:g}."
         )
+    return number
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+# The name of what at least one rule rejects.
+ANY = "any"
+
 _TOTALS = 2  # valid tokens, sequences with a valid token
 
 
@@ -38,13 +41,13 @@ def rejection_metrics(counts: Tensor, names: Sequence[str]) -> dict[str, Tensor]
         names: the R names, in the order of `kept`.
 
     Returns:
-        For each name `rejection/<name>`, the fraction of tokens that are rejected, and `rejection/<name>/sequences`,
-        of sequences that lose at least one: for a rule of sequences, all of it.
+        For each name `rejection/<name>/tokens`, the fraction of tokens that are rejected, and
+        `rejection/<name>/sequences`, of sequences that lose at least one: for a rule of sequences, all of it.
     """
     counts = counts.double() if counts.device.type != "mps" else counts.float()
     tokens, sequences = counts[:_TOTALS]
     values = {}
     for name, (lost, touched) in zip(names, counts[_TOTALS:].view(-1, 2), strict=True):
-        values[f"rejection/{name}"] = lost / tokens
+        values[f"rejection/{name}/tokens"] = lost / tokens
         values[f"rejection/{name}/sequences"] = touched / sequences
     return values

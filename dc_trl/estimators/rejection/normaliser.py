@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 # What the divisor that spans micro-batches and ranks counts, by TRL's loss type.
-_TOKENS = ("dapo", "cispo", "vespo")
-_SEQUENCES = ("grpo", "sapo", "dr_grpo", "luspo")
-_MICRO_BATCHES = ("bnpo",)
-LOSS_TYPES = (*_TOKENS, *_SEQUENCES, *_MICRO_BATCHES)
+TOKEN_MEAN_LOSSES = ("dapo", "cispo", "vespo")
+SEQUENCE_MEAN_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
+MICRO_BATCH_MEAN_LOSSES = ("bnpo",)
+LOSS_TYPES = (*TOKEN_MEAN_LOSSES, *SEQUENCE_MEAN_LOSSES, *MICRO_BATCH_MEAN_LOSSES)
 
 
 def kept_weights(kept: Tensor, mask: Tensor, loss_type: str) -> Tensor:
@@ -44,15 +44,18 @@ def kept_weights(kept: Tensor, mask: Tensor, loss_type: str) -> Tensor:
     return torch.where(after, weights, (~before).float())
 
 
-def divisor_counts(kept: Tensor, mask: Tensor, loss_type: str) -> Tensor:
+def divisor_counts(kept: Tensor, mask: Tensor, loss_type: str, measured: Tensor | None = None) -> Tensor:
     """What one micro-batch adds to the divisor that spans all of them, before and after rejection.
 
     Args:
         kept, mask, loss_type: as for `kept_weights`.
+        measured: (B, T), the mask before whole groups were dropped from the loss, and from its divisor; None where
+            none are.
 
     Returns:
         (2,) int64: tokens for `dapo`, `cispo` and `vespo`; sequences for `grpo`, `sapo`, `dr_grpo` and `luspo`;
-        micro-batches, 1 or 0, for `bnpo`. A sequence or micro-batch that was empty before is not rejected, and stays.
+        micro-batches, 1 or 0, for `bnpo`. A sequence or micro-batch that was empty before is not rejected, and stays;
+        one that was dropped is not counted, and with dropping, no empty micro-batch is.
 
     Raises:
         ValueError: for a loss type whose divisor is not known here.
@@ -60,13 +63,17 @@ def divisor_counts(kept: Tensor, mask: Tensor, loss_type: str) -> Tensor:
     _check(loss_type)
     before = mask.bool()
     after = before & kept
-    if loss_type in _TOKENS:
+    if loss_type in TOKEN_MEAN_LOSSES:
         return torch.stack([before.sum(), after.sum()])
-    if loss_type in _SEQUENCES:
-        stays = after.any(-1) | ~before.any(-1)
-        return torch.stack([torch.ones_like(stays).sum(), stays.sum()])
-    stays = after.any() | ~before.any()
-    return torch.stack([torch.ones_like(stays).sum(), stays.sum()])
+    if loss_type in SEQUENCE_MEAN_LOSSES:
+        present = before.any(-1)
+        counted = torch.ones_like(present) if measured is None else present | ~measured.bool().any(-1)
+        lost = present & ~after.any(-1)
+    else:
+        present = before.any()
+        counted = torch.ones_like(present) if measured is None else present
+        lost = present & ~after.any()
+    return torch.stack([counted.sum(), (counted & ~lost).sum()])
 
 
 def shared_factor(counts: Tensor) -> float:

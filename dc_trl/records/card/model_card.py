@@ -52,6 +52,7 @@ MEASURED = (
     "dc/log_ppl_abs_diff",
     "dc/penalty_share",
     "dc/penalty_only",
+    "dc/rejection/any/tokens",
     "dc/multiplier",
     "dc/sync/update_seen",
     "dc/sync/update_seen_since_start",
@@ -152,7 +153,8 @@ def _settings(args: DCGRPOConfig, tolerance: float | None, multiplier: float, ro
         "rollout engine": engine_name(vars(args)),
         "rounding at the weight sync": _rounding(args, rounding),
         "importance sampling": shown("vllm_importance_sampling_mode", mode) if corrected else "none",
-        "length-decay": args.length_decay,
+        "rejection": ", ".join(args.rejection or ["none"]),
+        "length-decay, ESS-scaled rate": f"{args.length_decay}, {args.ess_rate}",
         "advantage estimator, groups without variance": f"{args.advantage_estimator}, {args.zero_variance_groups}",
         "learning rate, schedule": f"{args.learning_rate}, {SchedulerType(args.lr_scheduler_type).value}",
     }

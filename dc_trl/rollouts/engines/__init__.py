@@ -39,7 +39,7 @@ def engine_name(settings: Mapping[str, Any], server: str = "") -> str:
 
 
 def check_log_prob_source(args: Any, rollout_func: Callable[..., Any] | None, defaulted: bool = False) -> None:
-    """Refuses a constraint that nothing can drive, before any model loads.
+    """Refuses what compares the engines where nothing gives the sampler's log-probs, before any model loads.
 
     Args:
         args: a `DCGRPOConfig`.
@@ -50,7 +50,7 @@ def check_log_prob_source(args: Any, rollout_func: Callable[..., Any] | None, de
         ValueError: if no engine gives sampling log-probs, or a vLLM server gives unprocessed ones.
         ConnectionError: if the vLLM server does not answer within `vllm_server_timeout` seconds.
     """
-    if args.constraint != "none" and rollout_func is None:
+    if args.needs_log_probs and rollout_func is None:
         engine_of(vars(args)).check_log_probs(args, defaulted)
 
 

@@ -44,9 +44,9 @@ class TRLGenerate(Engine):
                 "`args=DCGRPOConfig(constraint='none')`."
             )
         raise ValueError(
-            f"`constraint` is {args.constraint!r}, but {none_gives} Set `rollout_backend='transformers'` to sample "
-            "with a copy of the policy in this process, or `use_vllm=True`, or pass a `rollout_func` that returns "
-            "`logprobs`, or set `constraint='none'`."
+            f"{args.needs_log_probs} compares the engines, but {none_gives} Set `rollout_backend='transformers'` to "
+            "sample with a copy of the policy in this process, or `use_vllm=True`, or pass a `rollout_func` that "
+            "returns `logprobs`, or leave it out (`constraint='none'`)."
         )
 
     def build(self, trainer: Any, args: Any) -> Any:
