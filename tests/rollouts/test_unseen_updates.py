@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A task that a bf16 sampler learns in so many small steps where the sync dithers, and not where it rounds to nearest.
 
-The policy has learnt sums from demonstrations of which more are wrong by one than are right. Reinforcement learning has
-little to do: to make the second likeliest answer the likeliest. The rate is so small that most weights move less than
-half a step of bf16 in all of the run.
+The policy has learnt sums from demonstrations of which more are wrong by one than are right. Reinforcement learning
+has little to do: to make the second likeliest answer the likeliest. The rate is so small that most weights move less
+than half a step of bf16 in all of the run.
 """
 
 from pathlib import Path

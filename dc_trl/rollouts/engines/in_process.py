@@ -54,7 +54,7 @@ class InProcess(Engine):
             record_routes=args.router_replay,
             dither=choose_dither(args, trainer.accelerator),
         )
-        # With a trainer that computes in bf16, the masters are rounded, and the copy holds what the trainer multiplies.
+        # Where the trainer computes in bf16, its masters are rounded, and the copy holds what it multiplies with.
         if args.sync_rounding == "dither" and args.rollout_precision is None and engine.deployed_dtype.itemsize > 2:
             raise ValueError(
                 "`sync_rounding` is 'dither' with `rollout_precision=None`, which samples the weights as trained, and "
