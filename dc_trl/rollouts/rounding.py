@@ -7,35 +7,41 @@ learnt. With u uniform in (−½, ½), drawn once per weight and kept, a weight 
 flips the weight with probability |δ| / ulp, so the rounded weights follow in expectation from the first update; and
 as u is kept, nothing moves from one cast to the next unless the weight did.
 
-u is not stored. It is a hash of the seed, the tensor's name and the element's index in the whole tensor, and so the
-same on every rank, after a resume, on any device and for any shard. The hash is the product, modulo 2^16, of two
-random odd numbers: one looked up by the low bits of the index, one made from the seed, the name and the rest of the
-index. That takes two integer operations an element, where a hash that mixes bits takes eight. (The exclusive or of the
-two would save one more, but leave the noise of two blocks correlated by 0.6 instead of 0.01.)
+u is not stored. It is a function of the seed, the tensor's name and the element's index in the whole tensor, and so
+the same on every rank, after a resume, on any device and for any shard. One table of numbers in random order, fixed
+for good, serves all tensors; a hash of seed, name and block of the index says where in it a block of a tensor begins
+to read. So noise costs no arithmetic, where a hash that mixes bits takes eight operations an element. The price: two
+blocks may read stretches that overlap, and then an element of the one has its u in common with one of the other, at a
+distance. Within a block, which holds neighbouring rows of a matrix, no number is read twice.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 15
-"""Elements of a tensor that share the second number: the low 15 bits of the index look up the first."""
+BLOCK = 1 << 18
+"""Elements of a tensor that read one stretch of the table."""
+
+PLACES = 1 << 20
+"""Where in the table a stretch may begin."""
 
 NOISE_STEPS = 1 << 16
 """u + ½ is an odd multiple of 1 / NOISE_STEPS, so |u| < ½ strictly and its mean is 0."""
 
 # Elements rounded at once: large enough to hide what calling an operation costs, small enough that the temporary
 # numbers stay in a core's cache.
-_PIECE_PER_THREAD = 4 * BLOCK
-_PIECE_ON_ACCELERATOR = 512 * BLOCK
+_PIECE_PER_THREAD = 1 << 16
 
 # Bits of the mantissa that are stored, and exponent of the smallest normal number.
-_FORMATS = {torch.float16: (10, -14), torch.float8_e4m3fn: (3, -6)}
+_FORMATS = {torch.float8_e4m3fn: (3, -6)}
 _FLOAT32_EXPONENT = 0x7F800000
+# The smallest normal number of float32 over that of float16.
+_TO_SUBNORMAL = 2.0 ** (-126 + 14)
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,9 @@ class Dither:
             raise ValueError(f"{name!r} cannot be dithered to {out.dtype}: use torch.bfloat16 or torch.float16.")
         if not out.is_contiguous() or out.device != weight.device:
             return out.copy_(self.cast(weight.contiguous(), out.dtype, name, start))
-        source = weight.reshape(-1)
+        source, target = weight.reshape(-1), out.view(-1)
         for low, high, steps in self._steps(name, source, start):
-            _round_piece(out.view(-1)[low:high], source[low:high].float(), steps)
+            _round_piece(target[low:high], source[low:high].float(), steps)
         return out
 
     def noise(self, weight: Tensor, name: str, start: int | Tensor = 0) -> Tensor:
@@ -96,26 +102,23 @@ class Dither:
         return out
 
     def _steps(self, name: str, flat: Tensor, start: int | Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield `(low, high, (u + ½) · NOISE_STEPS)` for the pieces of a flattened tensor; the int32 one is reused."""
+        """Yield `(low, high, (u + ½) · NOISE_STEPS)`, int32 and only to read, for the pieces of a flattened tensor."""
         key = _name_key(self.seed, name)
         table = _table(flat.device)
-        size = _piece_size(flat.device)
+        size = _PIECE_PER_THREAD * torch.get_num_threads() if flat.device.type == "cpu" else BLOCK
         if isinstance(start, Tensor):
-            yield from _steps_at(start.reshape(-1), key, table, size)
+            indices = start.reshape(-1).to(flat.device)
+            for low in range(0, len(indices), size):
+                piece = indices[low : low + size]
+                yield low, low + len(piece), table[_places(key, piece // BLOCK) + piece % BLOCK]
             return
-        end = start + flat.numel()
-        first = start // BLOCK
-        keys, numbers = _block_keys(key, first, -(-end // BLOCK), flat.device)
-        buffer = torch.empty(min(size, flat.numel()), dtype=torch.int32, device=flat.device)
-        for low, high in _pieces(start, end, size):
-            steps = buffer[: high - low]
-            block, offset = divmod(low, BLOCK)
-            if (high - low) % BLOCK == 0:
-                rows = (high - low) // BLOCK
-                torch.mul(table, keys[block - first : block - first + rows, None], out=steps.view(rows, BLOCK))
-            else:
-                torch.mul(table[offset : offset + high - low], numbers[block - first], out=steps)
-            yield low - start, high - start, steps.bitwise_and_(NOISE_STEPS - 1)
+        stretches = _stretches(key, start, flat.numel(), size)
+        low = 0
+        while group := list(islice(stretches, _at_once(flat.device))):
+            parts = [table[place : place + length] for place, length in group]
+            steps = parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield low, low + len(steps), steps
+            low += len(steps)
 
 
 @lru_cache(maxsize=64)
@@ -132,9 +135,9 @@ def round_to_format(values: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
 
     Args:
         values: within the range of `dtype`.
-        noise: u, broadcastable to `values`, with 13 bits after the point for float16 and up to 20 for float8_e4m3fn,
-            so that float32 holds value / step + u and what lies on the grid stays there.
-        dtype: float16 or float8_e4m3fn.
+        noise: u, broadcastable to `values`, with up to 20 bits after the point, so that float32 holds value / step + u
+            and what lies on the grid stays there.
+        dtype: float8_e4m3fn.
     """
     mantissa, least = _FORMATS[dtype]
     power = values.view(torch.int32).bitwise_and(_FLOAT32_EXPONENT).view(torch.float32)  # 2^⌊log2 |value|⌋
@@ -143,17 +146,18 @@ def round_to_format(values: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _round_piece(out: Tensor, values: Tensor, steps: Tensor) -> None:
-    """Round float32 `values` (n,) into `out` (n,); `steps` (n,) is (u + ½) · NOISE_STEPS and is overwritten."""
+    """Round float32 `values` (n,) into `out` (n,); `steps` (n,) is (u + ½) · NOISE_STEPS."""
+    # Of a float32 as an integer, the lower bits, for which the format has no room, are the distance to the grid:
+    # adding u + ½ there and cutting them off rounds w / ulp + u to nearest. Magnitudes are rounded, so it is
+    # symmetric; lower bits of 0 never carry into the upper ones.
     if out.dtype == torch.bfloat16:
-        # bfloat16 is the upper half of a float32, so the lower half, as an integer, is the distance to the grid in
-        # units of 1 / NOISE_STEPS of its step: adding u + ½ there and cutting it off rounds w / ulp + u to nearest.
-        # Magnitudes are rounded, so it is symmetric; a lower half of 0 never carries into the upper one.
-        steps.add_(values.view(torch.int32)).bitwise_and_(-NOISE_STEPS)
-        out.copy_(steps.view(torch.float32))
+        bits = torch.add(values.view(torch.int32), steps)
+        out.copy_(bits.bitwise_and_(-NOISE_STEPS).view(torch.float32))
     else:
-        # 13 bits of u: as many as float32 can add to a float16 without rounding the sum.
-        noise = steps.bitwise_right_shift_(3).bitwise_or_(1).mul(2.0**-13).sub_(0.5)
-        out.copy_(round_to_format(values, noise, out.dtype))
+        # Scaled so that float32's subnormal numbers, whose steps are equal, lie where float16's do. 13 bits are cut
+        # off, and as many of u are added.
+        bits = (values * _TO_SUBNORMAL).view(torch.int32).add_(steps.bitwise_right_shift(3).bitwise_or_(1))
+        out.copy_(bits.bitwise_and_(-(1 << 13)).view(torch.float32).mul_(1 / _TO_SUBNORMAL))
     # Where looking would stall the device, the values out of range are always mended, elsewhere only if there are any.
     if out.device.type != "cpu" or not _all_within(values, out.dtype):
         nearest = values.to(out.dtype)
@@ -168,39 +172,38 @@ def _all_within(values: Tensor, dtype: torch.dtype) -> bool:
     return float(torch.dot(values, values)) < torch.finfo(dtype).max ** 2
 
 
-def _pieces(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """Split [begin, end) into pieces of at most `size`: whole blocks, and a part of one block at either end."""
-    while begin < end:
-        if begin % BLOCK or end - begin < BLOCK:
-            stop = min(end, (begin // BLOCK + 1) * BLOCK)
-        else:
-            stop = min(begin + size, end // BLOCK * BLOCK)
-        yield begin, stop
-        begin = stop
+def _stretches(key: int, start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Place in the table and length, at most `size`, of the stretches for `count` elements from `start` on."""
+    end = start + count
+    first = start // BLOCK
+    places = _block_places(key, first, -(-end // BLOCK))
+    while start < end:
+        block, offset = divmod(start, BLOCK)
+        length = min(size, BLOCK - offset, end - start)
+        yield places[block - first] + offset, length
+        start += length
 
 
-def _steps_at(indices: Tensor, key: int, table: Tensor, size: int) -> Iterator[tuple[int, int, Tensor]]:
-    for low in range(0, len(indices), size):
-        piece = indices[low : low + size].to(table.device)
-        keys = _odd_16_bits(_mix(piece // BLOCK + key))
-        yield low, low + len(piece), (table[piece % BLOCK] * keys) & (NOISE_STEPS - 1)
-
-
-def _piece_size(device: torch.device) -> int:
-    return _PIECE_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _PIECE_ON_ACCELERATOR
+def _at_once(device: torch.device) -> int:
+    """Stretches that are rounded together: on accelerators, where launching a kernel costs more than its work."""
+    return 1 if device.type == "cpu" else 64
 
 
 @lru_cache(maxsize=8)
 def _table(device: torch.device) -> Tensor:
-    """Odd numbers for the low bits of an index, int32 (BLOCK,)."""
-    return _odd_16_bits(_mix(torch.arange(BLOCK, dtype=torch.int64))).to(device)
+    """Odd numbers below NOISE_STEPS, int32 (PLACES + BLOCK,): each as often as any other, in a random order."""
+    order = torch.argsort(_mix(torch.arange(PLACES + BLOCK, dtype=torch.int64)))  # of numbers that all differ
+    return (2 * order % NOISE_STEPS + 1).to(torch.int32).to(device)
 
 
 @lru_cache(maxsize=4096)
-def _block_keys(key: int, first: int, end: int, device: torch.device) -> tuple[Tensor, list[int]]:
-    """Odd numbers for the blocks [first, end) of a tensor: int32 on `device`, and the same for Python."""
-    keys = _odd_16_bits(_mix(torch.arange(first, end, dtype=torch.int64) + key))
-    return keys.to(device), keys.tolist()
+def _block_places(key: int, first: int, end: int) -> list[int]:
+    """Where in the table the blocks [first, end) of a tensor begin."""
+    return _places(key, torch.arange(first, end, dtype=torch.int64)).tolist()
+
+
+def _places(key: int, blocks: Tensor) -> Tensor:
+    return _mix(blocks + key) & (PLACES - 1)
 
 
 @lru_cache(maxsize=4096)
@@ -221,7 +224,3 @@ def _mix(numbers: Tensor) -> Tensor:
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
     """Right shift that fills with zeros; torch's own fills an int64 with its sign."""
     return (numbers >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _odd_16_bits(numbers: Tensor) -> Tensor:
-    return (numbers >> 48).to(torch.int32) | 1

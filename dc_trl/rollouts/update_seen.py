@@ -7,7 +7,11 @@ is 1 where the deployed weights follow the trained ones, or follow them in expec
 back where they were; and above 1 where rounding carries them further than the training did.
 """
 
+import hashlib
+from bisect import bisect
+from collections import Counter
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ SAMPLE_LIMIT = 1_000_000
 
 # Of a small model, a share of the weights that costs little beside the copy of all of them.
 _SMALL_SHARE, _SMALL_LIMIT = 64, 1 << 16
-# Tensors looked at, spread over the model: what it costs to call operations on each does not grow with the depth.
+# Tensors looked at, at most: what it costs to call operations on each does not grow with the depth.
 _TENSORS = 32
 # Neighbours that are taken together: a cache line of float32.
 _RUN = 16
@@ -97,31 +101,44 @@ def _share(name: str, now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -
 class _Runs:
     """Runs of neighbours at a constant distance in a flattened tensor, and their place in the sample."""
 
-    def __init__(self, rows: int, run: int, distance: int, place: int) -> None:
-        self.rows, self.run, self.distance, self.place = rows, run, distance, place
+    def __init__(self, first: int, rows: int, run: int, distance: int, place: int) -> None:
+        self.first, self.rows, self.run, self.distance, self.place = first, rows, run, distance, place
         self.count = rows * run
 
     def read(self, tensor: Tensor, sample: Tensor) -> None:
         flat = tensor.detach().reshape(-1)  # detached, so that no graph grows behind the sample
-        view = flat.as_strided((self.rows, self.run), (self.distance, 1), flat.storage_offset())
+        view = flat.as_strided((self.rows, self.run), (self.distance, 1), flat.storage_offset() + self.first)
         sample[self.place : self.place + self.count].view(self.rows, self.run).copy_(view)
 
 
 def _plan(sizes: Mapping[str, int], limit: int) -> dict[str, _Runs]:
-    names = [name for name, size in sizes.items() if size > 0]
-    names = names[:: -(-len(names) // _TENSORS)] if names else []
-    total = sum(sizes[name] for name in names)
-    # At least one run of each tensor comes on top, so it is taken off. A prime number of runs apart, so that the runs
-    # do not stand in the same few columns of a matrix.
-    every = _prime(-(-total // max(limit - _RUN * len(names), 1)))
+    """Equal shares of the sample for places that are equally far apart in the weights, laid end to end.
+
+    They lie there by their size, so that each kind of tensor gets its share, and those of one size in an order that is
+    as good as random. In the model's own order, every n-th tensor may be of one kind, such as the norm of each layer.
+    """
+    order = sorted((name for name, size in sizes.items() if size > 0), key=lambda name: (sizes[name], _shuffled(name)))
+    ends = list(accumulate(sizes[name] for name in order))
+    share = max(limit // _TENSORS - _RUN, _RUN)  # at most one run more comes of each
+    hits = Counter(order[bisect(ends, (2 * i + 1) * ends[-1] // (2 * _TENSORS))] for i in range(_TENSORS) if ends)
     plan: dict[str, _Runs] = {}
     place = 0
-    for name in names:
+    for name in sizes:
+        if not hits[name]:
+            continue
         run = min(_RUN, sizes[name])
-        distance = run * every
-        plan[name] = _Runs(max(sizes[name] // distance, 1), run, distance, place)
+        # A prime number of runs apart, and from another one on in each tensor, so that the runs do not stand in the
+        # same few columns of matrices.
+        every = _prime(-(-sizes[name] // max(hits[name] * share, run)))
+        first = min(int.from_bytes(_shuffled(name), "little") % every * run, sizes[name] - run)
+        rows = (sizes[name] - run - first) // (every * run) + 1
+        plan[name] = _Runs(first, rows, run, every * run, place)
         place += plan[name].count
     return plan
+
+
+def _shuffled(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
 def _prime(least: int) -> int:

@@ -76,6 +76,20 @@ def test_a_small_sample_of_a_large_model_stands_for_it() -> None:
     assert metrics["changed"] == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("kinds", range(2, 14))
+def test_the_sample_has_tensors_of_every_size_however_a_layer_is_built(kinds: int) -> None:
+    """Matrices count as much as they have weights: a sample of norms alone would see all of an update in fp8."""
+    layer = {"norm": 576, "up": 576 * 1536} | {f"matrix{i}": 576 * 576 for i in range(kinds - 2)}
+    sizes = {"embedding": 49152 * 576} | {f"{n}.{kind}": size for n in range(30) for kind, size in layer.items()}
+    meter = UpdateSeen(sizes)
+    counted = dict.fromkeys(["embedding", "norm", "up", "matrix"], 0)
+    for name, runs in meter._runs.items():
+        counted[next(kind for kind in counted if kind in name)] += runs.count
+    for kind, count in counted.items():
+        expected = sum(size for name, size in sizes.items() if kind in name) / sum(sizes.values())
+        assert count / meter._trained.numel() == pytest.approx(expected, abs=0.06)
+
+
 @pytest.mark.parametrize(
     "sizes", [{"a": 134_000_000}, {f"{i}": 10**9 for i in range(300)}, {f"{i}": 3 for i in range(500)}]
 )

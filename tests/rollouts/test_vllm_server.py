@@ -10,11 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from runs import dc_trainer, logged
-from served_policy import BFLOAT16, FLOAT32, engine, gap
-from tiny import OFF_TILE, save_tiny_policy, tiny_model
+from safetensors.torch import load_file
+from served_policy import BFLOAT16, FLOAT32, PROMPT, differences, engine, gap, scored
+from tiny import OFF_TILE, published_model, save_tiny_policy, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 from vllm_process import VLLMServer
 
+from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.vllm_server import check_logprobs_mode
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -82,6 +84,48 @@ def test_adapters_are_served_merged(server: VLLMServer, tmp_path: Path) -> None:
     rollouts.sync_weights()
     assert 0 < gap(rollouts, model) < FLOAT32
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def trained_a_little(model: Any, steps: float) -> Any:
+    """The model after its weights moved by so many of their bf16 steps, to make `a` follow the prompt."""
+    (-next_logps(model)[tiny_tokenizer().convert_tokens_to_ids("a")]).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            step = torch.exp2(parameter.abs().clamp(min=1e-20).log2().floor()) / 128
+            parameter.sub_(steps * step * parameter.grad.sign())
+    return model.eval()
+
+
+def next_logps(model: Any) -> torch.Tensor:
+    return model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
+
+
+def test_a_server_in_bf16_gets_the_dithered_weights_to_the_bit(tmp_path: Path) -> None:
+    """A server of its own, in the dtype of its config.json: a trainer in float32 from the same checkpoint."""
+    published, dither = published_model(**OFF_TILE), Dither(5)
+    model = trained_a_little(published_model(**OFF_TILE), steps=0.4)
+    deployed = {"dithered": published_model(**OFF_TILE), "nearest": published_model(**OFF_TILE)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            deployed["dithered"].get_parameter(name).copy_(dither.cast(parameter, torch.bfloat16, name))
+            deployed["nearest"].get_parameter(name).copy_(parameter.bfloat16())
+    server = VLLMServer(save_tiny_policy(tmp_path / "policy", published), tmp_path / "server.log")
+    try:
+        server.start("--block-size", "32")
+        rollouts = engine(server, model, tmp_path / "sync", dither=dither)
+        assert rollouts.deployed_dtype == torch.bfloat16
+        rollouts.sync_weights()
+        served = scored(rollouts)
+    finally:
+        server.kill()
+    (folder,) = (tmp_path / "sync").iterdir()
+    sent = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name, parameter in deployed["dithered"].named_parameters():
+        assert sent[name].dtype == torch.bfloat16 and torch.equal(sent[name].float(), parameter), name
+    # It computes with them, and follows the trainer; of this update, rounding to nearest loses nearly everything.
+    gaps = {way: float(differences(served, policy).mean()) for way, policy in deployed.items()}
+    assert gaps["dithered"] < BFLOAT16 / 5 and gaps["dithered"] < gaps["nearest"] / 3, gaps
+    assert float(differences(served, model).mean()) < gaps["nearest"] / 3
 
 
 class KillServer(TrainerCallback):

@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from runs import dc_trainer, replayed_rollouts
-from tiny import tiny_model
+from tiny import published_model, tiny_model
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -249,6 +249,26 @@ def one_rounding_sharded_resumed(directory: Path, world_size: int) -> dict[str, 
     return one_rounding(directory, world_size, str(directory.with_name("one_rounding_sharded") / "checkpoint-2"))
 
 
+def dithered(directory: Path, world_size: int) -> dict[str, Any]:
+    """A float32 policy on the bf16 grid, sampled in bf16 by a dithered sync, at a rate below half a step of it."""
+    options = {"sync_rounding": "dither", "rollout_precision": "bf16", "learning_rate": 3e-5}
+    trainers: list[DCGRPOTrainer] = []
+    # Tensors of 57 rows: the last rank has fewer.
+    model = published_model(intermediate_size=57)
+    result = train(directory, world_size, trainers=trainers, model=model, **options)
+    engine = trainers[0].vllm_generation
+    engine.sync_weights()
+    result["sampler"] = dict(engine.policy.named_parameters())
+    result["trained"] = {name: _whole(p.detach()) for name, p in trainers[0].model.named_parameters()}
+    return result
+
+
+def dithered_sharded(directory: Path, world_size: int) -> dict[str, Any]:
+    """`dithered` from weights that FSDP2 shards."""
+    shard_with_fsdp2()
+    return dithered(directory, world_size)
+
+
 def shard_with_fsdp2(state_dict: str = "FULL_STATE_DICT") -> None:
     """Has Accelerate use FSDP2 for gloo ranks on the CPU, where torch has it but Accelerate 1.15 insists on DDP."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict}
@@ -278,6 +298,8 @@ RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
         sharded,
         sharded_files,
         sharded_resumed,
+        dithered,
+        dithered_sharded,
         one_rounding,
         one_rounding_resumed,
         one_rounding_sharded,

@@ -18,7 +18,7 @@ BFLOAT16 = 0.5
 """The same between float32 and bfloat16; the tiny model's logits reach 20, where bfloat16's steps are 0.06 to 0.13."""
 
 
-def engine(server: VLLMServer, model: nn.Module, sync_dir: Path, timeout: float = 5.0) -> Any:
+def engine(server: VLLMServer, model: nn.Module, sync_dir: Path, timeout: float = 5.0, **options: Any) -> Any:
     from dc_trl.rollouts.vllm_disk import VLLMDiskGeneration
 
     return VLLMDiskGeneration(
@@ -30,18 +30,28 @@ def engine(server: VLLMServer, model: nn.Module, sync_dir: Path, timeout: float 
         server_timeout=timeout,
         max_completion_length=16,
         sync_dir=sync_dir,
+        **options,
     )
+
+
+def scored(rollouts: Any) -> list[tuple[list[int], torch.Tensor]]:
+    """8 sampled completions and the server's log-probs of their tokens."""
+    _, completions, logprobs, _ = rollouts.generate([PROMPT] * 8, None, num_generations=8)
+    assert len(completions) == 8
+    return [(ids, torch.tensor(served).squeeze(1)) for ids, served in zip(completions, logprobs, strict=True)]
+
+
+@torch.no_grad()
+def differences(completions: list[tuple[list[int], torch.Tensor]], model: nn.Module) -> torch.Tensor:
+    """Of all tokens, the difference between the server's log-prob and the model's."""
+    found = []
+    for completion, served in completions:
+        logits = model(torch.tensor([PROMPT + completion])).logits[0, len(PROMPT) - 1 : -1]
+        ours = logits.log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
+        found.append((ours - served).abs())
+    return torch.cat(found)
 
 
 def gap(rollouts: Any, model: nn.Module) -> float:
     """Largest difference between the server's log-probs of 8 sampled completions and the model's of these tokens."""
-    _, completions, logprobs, _ = rollouts.generate([PROMPT] * 8, None, num_generations=8)
-    assert len(completions) == 8
-    differences = []
-    for completion, served in zip(completions, logprobs, strict=True):
-        ids = torch.tensor([PROMPT + completion])
-        with torch.no_grad():
-            ours = model(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
-        ours = ours.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
-        differences.append((ours - torch.tensor(served).squeeze(1)).abs().max().item())
-    return max(differences)
+    return float(differences(scored(rollouts), model).max())

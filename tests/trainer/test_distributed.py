@@ -12,6 +12,9 @@ import pytest
 import torch
 from distributed_run import RUNS
 from places import SUPPORT
+from tiny import published_model
+
+from dc_trl.rollouts.rounding import Dither
 
 SCRIPT = SUPPORT / "distributed_run.py"
 REPLAYED = (
@@ -149,6 +152,23 @@ def test_fsdp2_ranks_that_write_their_own_shards_save_and_resume(tmp_path: Path)
         assert resumed["tolerance"] == whole["tolerance"] is not None
     assert (tmp_path / "sharded_files/checkpoint-2/pytorch_model_fsdp_0/__1_0.distcp").is_file()
     assert not list((tmp_path / "sharded_files").glob("**/.*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["dithered", "dithered_sharded"])
+def test_ranks_sample_the_dithered_cast_of_the_whole_weights(name: str, tmp_path: Path) -> None:
+    first, second = (rank[name] for rank in launch(tmp_path, name))
+    assert first["sharded"] == name.endswith("sharded")
+    assert torch.equal(first["weights"], second["weights"]) and repr(first["log"]) == repr(second["log"])
+    dither, flipped, moved = Dither(42), 0, 0
+    start = dict(published_model(intermediate_size=57).named_parameters())
+    for key, trained in first["trained"].items():
+        # This process has no ranks: each of them, sharded or not, has used the noise that one alone uses.
+        expected = dither.cast(trained, torch.bfloat16, key)
+        assert torch.equal(first["sampler"][key], expected) and torch.equal(second["sampler"][key], expected), key
+        flipped += int((expected != start[key].bfloat16()).sum())
+        moved += int((trained.bfloat16() != start[key].bfloat16()).sum())
+    assert flipped > 1.5 * moved  # the dither shows: rounding to nearest moves fewer weights
+    assert all(0.9 < seen < 1.1 for seen in values(first, "dc/sync/update_seen_since_start"))
 
 
 @pytest.mark.parametrize("name", ["one_rounding", "one_rounding_sharded"])

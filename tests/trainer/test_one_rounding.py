@@ -69,6 +69,16 @@ def test_the_sampler_has_the_weights_of_the_trainer_which_follow_the_masters(tmp
     assert min(logged(trainer, "dc/sync/changed")) > 0
 
 
+@pytest.mark.parametrize("loaded", [FP32, BF16], ids=["autocast", "loaded in bf16"])
+def test_a_sampler_of_the_weights_as_trained_has_them_too(tmp_path: Path, loaded: Any) -> None:
+    trainer = train(tmp_path, published(loaded), bf16=loaded == FP32, rollout_precision=None, max_steps=2)
+    held = masters(trainer)
+    trainer.vllm_generation.sync_weights()
+    for name, parameter in trainer.vllm_generation.policy.named_parameters():
+        assert torch.equal(parameter, Dither(SEED).cast(held[name], BF16, name)), name
+    assert any((master != master.bfloat16()).any() for master in held.values())
+
+
 def test_the_weights_learn_what_rounding_to_nearest_would_lose(tmp_path: Path) -> None:
     trainer = train(tmp_path / "one")
     live = {name: p.detach() for name, p in trainer.model.named_parameters()}
