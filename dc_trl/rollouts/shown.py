@@ -54,6 +54,7 @@ WORDS = frozenset(
         "quant_algo",
         "quant_method",
         "quantization",
+        "rejection",
         "rollout_backend",
         "rollout_precision",
         "runner",
