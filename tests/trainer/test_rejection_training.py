@@ -7,17 +7,21 @@ sums and counts of tokens. Its counts of sequences and micro-batches, which keep
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import trl.trainer.grpo_trainer
+from accelerate import DistributedType
 from datasets import Dataset
 from runs import dc_trainer, logged, record_losses, replayed_rollouts, weights
 from tiny import tiny_model
 
 from dc_trl import DCGRPOTrainer
 from dc_trl.estimators.rejection import RULES, RejectionInputs, reject, resolve_bounds
+from dc_trl.estimators.rejection.combinations import is_settled_late
+from dc_trl.training import rejection_trainer
 
 # (gradient_accumulation_steps, steps_per_generation, num_iterations)
 ALIGNED, REUSED, SPLIT = (4, 4, 1), (4, 4, 2), (2, 4, 1)
@@ -455,6 +459,37 @@ def test_a_routers_own_loss_is_refused_where_gradients_are_scaled(
     with pytest.raises(ValueError, match="`router_aux_loss_coef`.*is 0.001.*`router_aux_loss_coef=0.0`"):
         dc_trainer(tmp_path, **options)
     assert dc_trainer(tmp_path, router_aux_loss_coef=0.0, **options).args.rejection == ["icepop"]
+
+
+def test_deepspeed_is_refused_where_gradients_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its engine needs a GPU's toolchain; what is asked is what Accelerate says of it.
+    monkeypatch.setattr(rejection_trainer, "DistributedType", SimpleNamespace(DEEPSPEED=DistributedType.NO))
+    with pytest.raises(ValueError, match=r"`rejection` is \['icepop'\] with DeepSpeed.*Use FSDP2"):
+        run(tmp_path, monkeypatch, replayed_rollouts(), rejection=["icepop"])
+    options = {"rejection": ["icepop"], "train": False}
+    assert run(tmp_path, monkeypatch, replayed_rollouts(), REUSED, **options)[1].args.rejection == ["icepop"]
+
+
+@pytest.mark.parametrize("layout", [ALIGNED, REUSED, SPLIT], ids=["aligned", "reused", "split"])
+@pytest.mark.parametrize("rule", ["icepop", "dppo_tv"])
+@pytest.mark.parametrize(
+    "options", [{"constraint": "fixed"}, {"constraint": "none"}, {"constraint": "none", "in_process": True}], ids=str
+)
+def test_what_is_said_to_be_settled_late_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], rule: str, layout: tuple[int, int, int]
+) -> None:
+    in_process = options.get("in_process", False)
+    engine = {"rollout_backend": "transformers"} if in_process else {}
+    _, trainer = run(
+        tmp_path, monkeypatch, None if in_process else replayed_rollouts(), layout, train=False,
+        constraint=options["constraint"], rejection=[rule], **engine,
+    )  # fmt: skip
+    calls = []
+    settle = trainer._settle_late
+    monkeypatch.setattr(trainer, "_settle_late", lambda *args: calls.append(args) or settle(*args))
+    trainer.train()
+    assert bool(calls) == is_settled_late(trainer.args)
+    assert len(calls) in (0, trainer.state.global_step)
 
 
 def test_rejection_needs_log_probs_of_the_sampling_distribution(tmp_path: Path) -> None:
