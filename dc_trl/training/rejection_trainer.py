@@ -97,12 +97,12 @@ class RejectionTrainer(RolloutsTrainer):
             self._divisors.append(verdict.divisor)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss = super()._compute_loss(model, inputs)
-        if self.model.training or not self._divisors:
-            return loss
-        (divisor,) = self._divisors
+        if self.model.training:
+            return super()._compute_loss(model, inputs)
         self._forget_verdicts()
-        return loss * self._shared_factor(divisor)
+        loss = super()._compute_loss(model, inputs)
+        divisors, self._divisors = self._divisors, []
+        return loss * self._shared_factor(torch.stack(divisors).sum(0)) if divisors else loss
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Trains on one micro-batch as TRL does; the last one of an optimizer step settles the divisor of all."""

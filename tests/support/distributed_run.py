@@ -176,6 +176,12 @@ def sharded(directory: Path, world_size: int) -> dict[str, Any]:
     return result
 
 
+def rejected_sharded(directory: Path, world_size: int) -> dict[str, Any]:
+    """`rejected` with weights that FSDP2 shards: each rank scales its part of the gradient."""
+    shard_with_fsdp2()
+    return rejected(directory, world_size)
+
+
 def sharded_files(directory: Path, world_size: int) -> dict[str, Any]:
     """`sharded` with each rank writing its own shards; leaves a checkpoint after step 2."""
     shard_with_fsdp2("SHARDED_STATE_DICT")
@@ -296,6 +302,7 @@ RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
         resumed,
         routed,
         sharded,
+        rejected_sharded,
         sharded_files,
         sharded_resumed,
         dithered,

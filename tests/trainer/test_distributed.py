@@ -130,7 +130,8 @@ def test_a_resumed_run_on_two_ranks_equals_the_uninterrupted_one(
 def test_fsdp2_ranks_agree_and_start_as_unsharded_ones(
     ranks: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:
-    first, second = (rank["sharded"] for rank in launch(tmp_path, "sharded"))
+    reports = launch(tmp_path, "sharded", "rejected_sharded")
+    first, second = (rank["sharded"] for rank in reports)
     unsharded = ranks[0]["engine"]
     assert first["sharded"] and not unsharded["sharded"]
     assert first["multiplier"] == second["multiplier"] != 0.1
@@ -141,6 +142,11 @@ def test_fsdp2_ranks_agree_and_start_as_unsharded_ones(
         updates(unsharded)[0]["dc/discrepancy/mean"], rel=1e-6
     )
     assert updates(first)[0]["reward"] == updates(unsharded)[0]["reward"]
+    # Of a shard of the gradient too, what is left of the batch is what it is divided by.
+    whole = ranks[0]["rejected"]
+    assert reports[0]["rejected_sharded"]["sharded"]
+    for key in ("loss", "grad_norm", "dc/rejection/icepop/tokens"):
+        assert values(reports[0]["rejected_sharded"], key) == pytest.approx(values(whole, key), rel=1e-3)
 
 
 def test_fsdp2_ranks_that_write_their_own_shards_save_and_resume(tmp_path: Path) -> None:

@@ -5,27 +5,21 @@ The oracle of most tests is TRL's own loss with the rejected tokens masked (`env
 sums and counts of tokens. Its counts of sequences and micro-batches, which keep empty ones, are put right by the rate.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import trl.trainer.grpo_trainer
 from datasets import Dataset
-from runs import dc_trainer, logged, record_losses, replayed_rollouts, weights
+from rejecting import ALIGNED, BOUNDS, REUSED, SPLIT, Marks, assert_close, everything, marked, run, some, whole
+from runs import logged, record_losses, replayed_rollouts, weights
 from tiny import tiny_model
 
 from dc_trl import DCGRPOTrainer
 from dc_trl.estimators.rejection import RULES, RejectionInputs, reject, resolve_bounds
 
-# (gradient_accumulation_steps, steps_per_generation, num_iterations)
-ALIGNED, REUSED, SPLIT = (4, 4, 1), (4, 4, 2), (2, 4, 1)
 TOKEN_LOSSES, SEQUENCE_LOSSES = ("dapo", "cispo"), ("grpo", "dr_grpo", "luspo", "sapo")
 LOSSES = (*TOKEN_LOSSES, *SEQUENCE_LOSSES, "bnpo")
-
-FAR = -30.0  # a log μ whose ρ is above 1e6; the others of a replayed rollout have a ρ below 10
-BOUNDS = {"icepop": {"low": 0.0, "high": 1e4}}
 
 # Bounds at which nothing is rejected.
 WIDE: dict[str, dict[str, float]] = {
@@ -39,83 +33,9 @@ WIDE: dict[str, dict[str, float]] = {
 }
 assert WIDE.keys() == RULES.keys()
 
-Marks = Callable[[int, int], list[int]]
-
-
-def some(row: int, length: int) -> list[int]:
-    """The second token of every other sequence, and of sequence 5 all but the last."""
-    return list(range(length - 1)) if row == 5 else [1] if row % 2 else []
-
-
-def whole(row: int, length: int) -> list[int]:
-    """`some`, and all of sequence 2 and of the second micro-batch."""
-    return list(range(length)) if row in (2, 4, 5, 6, 7) else some(row, length)
-
-
-def everything(row: int, length: int) -> list[int]:
-    return list(range(length))
-
-
-def marked(marks: Marks, masked: bool = False) -> Callable[..., dict[str, Any]]:
-    """Replayed rollouts whose marked tokens are far off, or the environment's; `marks` of row and length."""
-    base = replayed_rollouts()
-
-    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        output = base(prompts, trainer)
-        output["env_mask"] = [[1] * len(ids) for ids in output["completion_ids"]]
-        for row, logprobs in enumerate(output["logprobs"]):
-            for token in marks(row, len(logprobs)):
-                logprobs[token] = FAR
-                output["env_mask"][row][token] = int(not masked)
-        return output
-
-    return rollout
-
-
-def length_reward(completions: list[str], **_: Any) -> list[float]:
-    """Different within each group."""
-    return [float(len(text)) for text in completions]
-
-
-def run(
-    output_dir: Path, monkeypatch: pytest.MonkeyPatch, rollouts: Any, layout: tuple[int, int, int] = ALIGNED,
-    train: bool = True, **options: Any,
-) -> tuple[torch.Tensor, DCGRPOTrainer]:  # fmt: skip
-    """The change of the weights by plain SGD on a generation batch of four micro-batches, a group each; trainer."""
-    monkeypatch.setattr(trl.trainer.grpo_trainer, "shuffle_sequence_dict", lambda batch: batch)
-    accumulation, per_rollout, iterations = layout
-    options = {
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "learning_rate": 1.0,
-        "max_steps": per_rollout * iterations // accumulation,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_generation": per_rollout,
-        "num_iterations": iterations,
-        "constraint": "fixed",
-        "multiplier_init": 0.3,
-        "epsilon_high": 5.0,
-    } | options
-    data = Dataset.from_dict({"prompt": [f"{first}+1=" for first in "2345"]})
-    if "reward_funcs" not in options:
-        options["reward_funcs"] = length_reward
-    trainer = dc_trainer(
-        output_dir, rollout_func=rollouts, train_dataset=data, shuffle_dataset=False, model=tiny_model(), **options
-    )
-    before = weights(trainer)
-    if train:
-        trainer.train()
-    return weights(trainer) - before, trainer
-
 
 def constraint_for(loss: str) -> dict[str, Any]:
     return {"loss_type": loss} | ({"constraint": "none"} if loss == "sapo" else {})
-
-
-def assert_close(change: torch.Tensor, expected: torch.Tensor) -> None:
-    assert expected.norm() > 0.01
-    assert (change - expected).norm() < 1e-5 * expected.norm()
 
 
 def sequence_factor(loss: str) -> float:
@@ -164,8 +84,9 @@ def test_dropped_groups_and_rejected_tokens_are_both_out(
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("layout", [ALIGNED, REUSED], ids=["aligned", "reused"])
-@pytest.mark.parametrize("constraint", ["lagrangian", "none"])
+@pytest.mark.parametrize(
+    ("constraint", "layout"), [("lagrangian", ALIGNED), ("lagrangian", REUSED), ("none", ALIGNED)], ids=str
+)
 def test_nothing_rejected_equals_off_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, layout: tuple[int, int, int], constraint: str
 ) -> None:
@@ -411,54 +332,3 @@ def test_an_interrupted_step_leaves_nothing_to_the_next_run(tmp_path: Path, monk
     trainer.model.zero_grad()
     trainer.train()
     assert torch.equal(weights(trainer) - before, expected)
-
-
-# What cannot be exact is refused
-
-
-REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"loss_type": "vespo"}, "`loss_type` is 'vespo'", "'dapo'"),
-    ({"beta": 0.1}, "`beta` is 0.1", "Use 0"),
-    ({"entropy_coef": 0.1}, "`entropy_coef` is 0.1", "Use 0"),
-    ({"top_entropy_quantile": 0.5}, "`top_entropy_quantile` is 0.5", "Use 1.0"),
-    ({"importance_sampling_level": "sequence"}, "`importance_sampling_level` is 'sequence'", "`geometric`"),
-    ({"off_policy_mask_threshold": 0.5}, "`off_policy_mask_threshold` is 0.5", "`geometric`"),
-    ({"gradient_accumulation_steps": 8}, "`gradient_accumulation_steps` is 8", "a divisor of .* = 4"),
-    ({"optim": "galore_adamw_layerwise"}, "`optim` is", "adamw_torch_fused"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("options", "named", "remedy"), REFUSED, ids=[next(iter(o)) for o, _, _ in REFUSED])
-def test_what_would_keep_a_rejected_token_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], named: str, remedy: str
-) -> None:
-    with pytest.raises(ValueError, match=rf"{named}.* with `rejection=\['icepop'\]`.*{remedy}.*no `rejection`"):
-        run(tmp_path, monkeypatch, replayed_rollouts(), rejection=["icepop"], constraint="none", **options)
-
-
-def test_a_loss_that_divides_by_sequences_may_span_generation_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {"gradient_accumulation_steps": 8, "learning_rate": 0.1, "loss_type": "grpo", "max_steps": 1}
-    rejecting = {"rejection": ["icepop"], "rejection_bounds": BOUNDS}
-    change, _ = run(tmp_path, monkeypatch, marked(whole), **options, **rejecting)
-    options["learning_rate"] *= 16 / 11
-    alone, _ = run(tmp_path, monkeypatch, marked(whole, masked=True), **options)
-    assert_close(change, alone)
-
-
-def test_a_routers_own_loss_is_refused_where_gradients_are_scaled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mixture = tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2)
-    options = {"model": mixture, "rejection": ["icepop"], "rollout_func": replayed_rollouts()}
-    with pytest.raises(ValueError, match="`router_aux_loss_coef`.*is 0.001.*`router_aux_loss_coef=0.0`"):
-        dc_trainer(tmp_path, **options)
-    assert dc_trainer(tmp_path, router_aux_loss_coef=0.0, **options).args.rejection == ["icepop"]
-
-
-def test_rejection_needs_log_probs_of_the_sampling_distribution(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`rejection=\['icepop'\]` compares the engines, but nothing gives"):
-        dc_trainer(tmp_path, rollout_backend="vllm", rollout_precision=None, constraint="none", rejection=["icepop"])
-    with pytest.raises(ValueError, match=r"`top_p` is 0.9 with `rejection=\['icepop'\]`.*without `rejection`"):
-        dc_trainer(tmp_path, rollout_func=replayed_rollouts(), constraint="none", rejection="icepop", top_p=0.9)
