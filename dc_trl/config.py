@@ -150,8 +150,8 @@ class DCGRPOConfig(GRPOConfig):
         "auto",
         "How weights are rounded for the sampler: `nearest`, which loses updates of less than half a step of its "
         "format; `dither`, by which they arrive in expectation, and where the trainer computes in bf16 has the same "
-        "weights, of float32 masters; `auto`: dithered to bf16, fp16 and fp8 where the trainer multiplies with finer "
-        "weights, to nearest under autocast or FSDP's mixed precision.",
+        "weights, of float32 masters; `auto`: dithered to fp8, and to bf16 and fp16 where the trainer multiplies "
+        "with finer weights; to nearest under autocast or FSDP's mixed precision.",
         choices=["auto", "nearest", "dither"],
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dc_trl.rollouts.quantization import INTEGER_BITS
+from dc_trl.rollouts.precisions import INTEGER_BITS, QUANTIZED_PRECISIONS
 from dc_trl.rollouts.rounding import Dither
 
 
@@ -14,10 +14,11 @@ def choose_dither(args: Any, accelerator: Accelerator) -> Dither | None:
     """The dither that `args.sync_rounding` asks for, None for rounding to nearest.
 
     `auto` dithers where the training forward multiplies with finer weights than the sampler's, so that the rounding
-    would lose what it has learnt: float32 and TF32. Under autocast, or FSDP2's mixed precision, the forward rounds to
-    nearest as well, its weights or, with adapters, the sum of their output and the base layer's: the two sides lag
-    alike, and a dithered sampler would move away. `auto` does not dither integers, where the dither takes away the
-    bias but leaves the discrepancy as large or larger.
+    would lose what it has learnt: float32 and TF32 for a sampler in 16 bits, and any for one in fp8. Under autocast,
+    or FSDP2's mixed precision, the forward rounds to nearest 16-bit numbers as well, its weights or, with adapters,
+    the sum of their output and the base layer's: it and a sampler in 16 bits lag alike, and a dithered one would move
+    away. `auto` does not dither integers, where the dither takes away the bias but leaves the discrepancy as large or
+    larger.
 
     Asked for where the forward rounds, `dither` does more than this: the trainer is given the dithered weights too
     (`dc_trl.training.one_rounding`), and the cast of the sync then finds them on its grid.
@@ -29,7 +30,7 @@ def choose_dither(args: Any, accelerator: Accelerator) -> Dither | None:
     if args.sync_rounding == "nearest":
         return None
     if args.sync_rounding == "auto" and (
-        forward_rounds_weights(accelerator) or args.rollout_precision in INTEGER_BITS
+        forward_rounds_alike(args, accelerator) or args.rollout_precision in INTEGER_BITS
     ):
         return None
     return Dither(args.seed)
@@ -52,6 +53,11 @@ def rounding_in_force(engine: Any, args: Any, accelerator: Accelerator) -> str |
     if getattr(engine, "quantization", "none" if engine.deployed_dtype == torch.float32 else "cast") == "none":
         return None
     return "nearest" if choose_dither(args, accelerator) is None else "dither"
+
+
+def forward_rounds_alike(args: Any, accelerator: Accelerator) -> bool:
+    """Whether the training forward rounds its weights to nearest, and to steps as large as the sampler's."""
+    return forward_rounds_weights(accelerator) and args.rollout_precision not in QUANTIZED_PRECISIONS
 
 
 def forward_rounds_weights(accelerator: Accelerator) -> bool:

@@ -97,6 +97,9 @@ def test_auto_dithers_where_the_forward_is_finer_than_the_sampler(tmp_path: Path
     assert chosen(tmp_path, "auto", accelerator()) == Dither(7)
     assert chosen(tmp_path, "auto", accelerator(), precision="fp8") == Dither(7)
     assert chosen(tmp_path, "auto", accelerator("bf16")) is None
+    # Coarser than what autocast makes of the weights.
+    assert chosen(tmp_path, "auto", accelerator("bf16"), precision="fp8") == Dither(7)
+    assert chosen(tmp_path, "auto", accelerator("bf16"), precision="int8") is None
     assert chosen(tmp_path, "auto", accelerator("fp16")) is None
     assert chosen(tmp_path, "auto", accelerator(param_dtype=torch.bfloat16)) is None
     assert chosen(tmp_path, "auto", accelerator(param_dtype=torch.float32)) == Dither(7)

@@ -19,7 +19,8 @@ class Grid:
         dtype: the sampler's, or for quantised weights that of published checkpoints.
         rounding: `"dither"` or `"nearest"`, what `sync_rounding` comes to; None where nothing is rounded, as where
             the weights are trained in 16 bits.
-        forward_rounds: whether the training forward multiplies with 16-bit roundings of the weights.
+        forward_rounds: whether the training forward multiplies with 16-bit roundings of the weights, and the sampler
+            with none that are coarser.
         integers: whether the sampler's weights are integers.
     """
 

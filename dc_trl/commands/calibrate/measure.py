@@ -21,7 +21,7 @@ from dc_trl.commands.calibrate.grid import ON_GRID, Grid
 from dc_trl.commands.calibrate.nudge import Nudge, OffGrid, count_on_grid, fingerprint, moved, trained_finer
 from dc_trl.commands.calibrate.scores import Scores, join, mean_discrepancy, merge
 from dc_trl.rollouts.precisions import INTEGER_BITS
-from dc_trl.rollouts.sync_rounding import forward_rounds_weights, rounding_in_force
+from dc_trl.rollouts.sync_rounding import forward_rounds_alike, rounding_in_force
 from dc_trl.rollouts.weights import plain_model
 from dc_trl.step import Step
 from dc_trl.training.attributes import temporary_attributes
@@ -250,7 +250,7 @@ def _off_the_grid(trainer: Any, dataset: Any, result: Measurement) -> None:
         share=on / max(size, 1),
         dtype=str(dtype).removeprefix("torch."),
         rounding=_rounding(trainer),
-        forward_rounds=forward_rounds_weights(trainer.accelerator),
+        forward_rounds=forward_rounds_alike(trainer.args, trainer.accelerator),
         integers=trainer.args.rollout_precision in INTEGER_BITS,
     )
     if grid.share < ON_GRID or grid.rounding is None:
