@@ -13,7 +13,7 @@ from dc_trl import DCGRPOConfig
 from dc_trl.commands.evaluate.command import make_parser
 from dc_trl.commands.train.arguments import make_parser as make_recipe_parser
 from dc_trl.rollouts.checkpoint import READERS
-from dc_trl.tasks.rewards import _MEMORY_LIMIT
+from dc_trl.tasks.judge import _MEMORY_LIMIT
 from dc_trl.training.pushing_trainer import SENT
 
 PAGE = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
