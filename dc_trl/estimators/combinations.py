@@ -10,20 +10,20 @@ from typing import Any
 from dc_trl.estimators.rejection.normaliser import MICRO_BATCH_MEAN_LOSSES, SEQUENCE_MEAN_LOSSES
 
 
-def refuse(args: Any, refused: Mapping[str, tuple[bool, str, str]], beside: str, instead: str) -> None:
+def refuse(args: Any, refused: Mapping[str, tuple[bool, str, str | None]], beside: str, instead: str) -> None:
     """Refuses the first of these fields that applies.
 
     Args:
         args: the configuration.
-        refused: by field whether it applies, the reason, and what to use.
+        refused: by field whether it applies, the reason, and what to use; None to leave it unset.
         beside: with what the field does not go.
         instead: the way out that keeps the field.
     """
     for name, (applies, reason, remedy) in refused.items():
         if applies:
-            raise ValueError(
-                f"`{name}` is {getattr(args, name)!r} with {beside}: {reason}. Use {remedy}, or {instead}."
-            )
+            way_out = "Leave it unset" if remedy is None else f"Use {remedy}"
+            value = getattr(args, name)
+            raise ValueError(f"`{name}` is {value!r} with {beside}: {reason}. {way_out}, or {instead}.")
 
 
 def check_dropping(args: Any) -> None:
@@ -57,7 +57,7 @@ def check_penalty(args: Any) -> None:
         "off_policy_mask_threshold": (
             args.off_policy_mask_threshold is not None,
             "the mask reads the sign of a sequence's advantage, which a token's penalty can flip",
-            "None",
+            None,
         ),
     }
     refuse(args, refused, f"`constraint={args.constraint!r}`", "`constraint='none'`")
