@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
+from hostile import DEEP
 from runs import dc_trainer, logged, replayed_rollouts, trl_trainer
 
 from dc_trl import DCGRPOTrainer
@@ -164,6 +165,7 @@ def test_a_state_without_its_measure_is_not_trusted(
     [
         ('{"dual": {"value": 0.1}, "toler', "cannot be read as JSON, so it may be cut off"),
         ("", "cannot be read as JSON"),
+        pytest.param(DEEP, "nested deeper than 100 levels", id="nested"),
         ("[1, 2]", "is not the state of a DCGRPOTrainer: it has no dual, instruments, tolerance"),
         ('{"entropy_coef": 0.1}', "it has no dual, instruments, tolerance"),
         ('{"dual": {}, "tolerance": {}, "instruments": {}}', "KeyError"),

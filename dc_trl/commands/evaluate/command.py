@@ -191,7 +191,7 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON mapping")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} must be a JSON mapping")
     return value

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hostile import DEEP
 from known_engine import RIGHT, STDERR, SUMS, KnownEngine, evaluate, sample_files
 from places import ROOT
 from problems import write_rows
@@ -126,6 +127,7 @@ def test_no_score_for_a_table_of_nothing() -> None:
         (["--model_name_or_path", "strict"], "chat template does not take problem 0: alternate!"),
         (["--vllm_engine_kwargs", "{"], "is not JSON"),
         (["--vllm_engine_kwargs", "[]"], "must be a JSON mapping"),
+        (["--vllm_engine_kwargs", DEEP], "is not JSON (nested deeper than 100 levels)"),
         (["--engine", "transformers", "--vllm_engine_kwargs", '{"a": 1}'], "is for --engine vllm, not transformers"),
         (["--engine", "transformers", "--top_p", "0.9"], "the in-process engine samples from the whole distribution"),
         (["--engine", "server", "--server_base_url", "http://127.0.0.1:9"], "no vLLM server answers"),
