@@ -160,6 +160,6 @@ def test_a_run_survives_its_server(server: VLLMServer, tmp_path: Path) -> None:
     assert gap(resumed.vllm_generation, trainer.model) > BFLOAT16
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
-    assert FLOAT32 < max(logged(resumed, "dc/discrepancy/mean")[2:]) < 0.02
+    assert 2e-4 < max(logged(resumed, "dc/discrepancy/mean")[2:]) < 0.02  # bfloat16 now
     resumed.vllm_generation.sync_weights()
     assert FLOAT32 < gap(resumed.vllm_generation, resumed.model) < BFLOAT16
