@@ -56,24 +56,18 @@ def _named(arms: tuple[Arm, ...], *names: str) -> tuple[Arm, ...]:
 
 
 BOTH_PLAIN = _named(SYNC_ARMS, "nearest", "dither")
-SYNC_FP8_CORE = (
-    *BOTH_PLAIN,
-    NEAREST_TWICE,
-    *_named(SYNC_ARMS, "nearest-tis", "nearest-dc", "nearest-dc-strong", "nearest-decay"),
-)
-SYNC_FP8_MORE = tuple(arm for arm in SYNC_ARMS if arm not in SYNC_FP8_CORE)
-SYNC_BF16_CORE = (*BOTH_PLAIN, *ONE_ROUNDING, NEAREST_HALF_MORE)
-SYNC_BF16_MORE = tuple(arm for arm in SYNC_ARMS if arm not in SYNC_BF16_CORE)
+NEAREST_REMEDIES = tuple(arm for arm in SYNC_ARMS if arm.name.startswith("nearest-"))
+DITHER_REMEDIES = tuple(arm for arm in SYNC_ARMS if arm.name.startswith("dither-"))
 
 # What the penalty does, and what else there is, in the stressed regime
 
 CAUSE_ARMS = (
     Arm("plain", PLAIN),
     Arm("exact", {**PLAIN, "rollout_precision": None}),
-    Arm("tis", TIS),
-    Arm("dc", {}),
 )
 STABILITY_ARMS = (
+    Arm("tis", TIS),
+    Arm("dc", {}),
     Arm("dc-alone", NO_TIS),
     Arm("dc-strong", STRONG),
     Arm("dc-strong-placebo", STRONG, trainer=ShuffledPenaltyTrainer),

@@ -34,35 +34,40 @@ def _in(regime: Regime, *given: Arm) -> tuple[Pair, ...]:
 BLOCKS = {
     block.name: block
     for block in (
-        Block(
-            "sync",
-            _in(arms.UNSEEN_FP8, *arms.SYNC_FP8_CORE) + _in(arms.UNSEEN_BF16, *arms.SYNC_BF16_CORE),
-        ),
+        Block("rounding", _in(arms.UNSEEN_FP8, *arms.BOTH_PLAIN, arms.NEAREST_TWICE)),
         Block("cause", _in(arms.STRESSED, *arms.CAUSE_ARMS)),
+        Block("one-rounding", _in(arms.UNSEEN_BF16, *arms.BOTH_PLAIN, *arms.ONE_ROUNDING, arms.NEAREST_HALF_MORE)),
+        Block("remedies", _in(arms.UNSEEN_FP8, *arms.NEAREST_REMEDIES)),
         Block("stability", _in(arms.STRESSED, *arms.STABILITY_ARMS)),
         Block("claims", _in(arms.STRESSED, *arms.CLAIM_ARMS) + _in(arms.CALM, *arms.CALM_ARMS)),
         Block(
-            "sync-more",
+            "rounding-more",
             _in(arms.OFF_GRID_FP8, *arms.BOTH_PLAIN)
-            + _in(arms.UNSEEN_BF16, *arms.SYNC_BF16_MORE)
-            + _in(arms.UNSEEN_FP8, *arms.SYNC_FP8_MORE),
+            + _in(arms.UNSEEN_FP8, *arms.DITHER_REMEDIES)
+            + _in(arms.UNSEEN_BF16, *arms.NEAREST_REMEDIES, *arms.DITHER_REMEDIES),
         ),
     )
 }
 
 STAGES = (
-    ("sync", 0, 5),
+    ("rounding", 0, 5),
     ("cause", 0, 5),
-    ("sync", 5, 8),
+    ("one-rounding", 0, 5),
+    ("remedies", 0, 5),
+    ("rounding", 5, 8),
     ("cause", 5, 8),
-    ("sync-more", 0, 5),
     ("stability", 0, 5),
+    ("rounding-more", 0, 5),
     ("claims", 0, 3),
-    ("sync", 8, 12),
+    ("one-rounding", 5, 8),
+    ("remedies", 5, 8),
+    ("rounding", 8, 12),
     ("cause", 8, 12),
     ("stability", 5, 12),
     ("claims", 3, 6),
-    ("sync-more", 5, 12),
+    ("one-rounding", 8, 12),
+    ("remedies", 8, 12),
+    ("rounding-more", 5, 12),
 )
 """In order: block, and the seeds from which up to which one of `SEEDS` it is done."""
 
