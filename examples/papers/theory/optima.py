@@ -12,8 +12,8 @@ with D one of (the weights, lost from the paper's text, are those under which it
 where ν makes the probabilities sum to 1, what would be negative is 0, and W is Lambert's function, its principal
 branch. One-sided penalties, as in the paper's figure 7, charge only what lies above μ.
 
-The third is stationary only where A − ν ≤ λ/e. Beyond π = e·μ its penalty is concave, so that an optimum there, if it
-exists, is not the theorem's.
+The third has such a policy only where A − ν ≤ λ/e for every action. Elsewhere an action is best beyond π = e·μ, where
+the penalty is concave and W takes its other branch, which the theorem does not say.
 
 Shapes: A actions; everything is float64.
 """
@@ -93,7 +93,7 @@ def _stationary(advantage: Tensor, reference: Tensor, strength: float, model: st
     return reference * (-lambert_w(-gain.clamp(max=1 / math.e))).exp()
 
 
-def maximise(advantage: Tensor, reference: Tensor, strength: float, model: str, steps: int = 20_000) -> Tensor:
+def maximise(advantage: Tensor, reference: Tensor, strength: float, model: str, steps: int = 4000) -> Tensor:
     """The optimum that ascent finds from μ, (A,): exponentiated gradient, which knows nothing of the theorem."""
     policy = reference.clone()
     rate = 0.2 / (1 + strength)
