@@ -83,8 +83,8 @@ def _entropy(lines: Sequence[Line]) -> list[str]:
     }
     head = [
         "**The entropy argument** (ours, H1 and H2): a small step against the discrepancy raises the entropy of a "
-        "state for \\|π − μ\\|, lowers it for ratio and log-prob, and does little for logits. Random softmax states of "
-        "16 to 256 actions, logit noise 0.1 to 0.5; the range is over these and the confidence.",
+        "state for \\|π − μ\\|, lowers it for ratio and log-prob, and does little for logits. Random softmax states "
+        "of 16 to 256 actions, logit noise 0.1 to 0.5; the range is over these and the confidence.",
         "",
         "![The entropy argument](images/results-entropy.png)",
         "",
