@@ -18,8 +18,8 @@ class ShuffledPenaltyTrainer(DCGRPOTrainer):
         self._own_penalty = self._constraint.penalty
         self._constraint.penalty = self._shuffled  # type: ignore[method-assign]
 
-    def _shuffled(self, discrepancy: Tensor, valid: Tensor) -> Tensor:
-        return shuffle(self._own_penalty(discrepancy, valid), valid, self._deal)
+    def _shuffled(self, discrepancy: Tensor, valid: Tensor, advantages: Tensor | None = None) -> Tensor:
+        return shuffle(self._own_penalty(discrepancy, valid, advantages), valid, self._deal)
 
 
 def shuffle(penalty: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
