@@ -3,7 +3,6 @@
 
 from typing import Any
 
-from dc_trl.training.ess_rate_callback import EssRateCallback
 from papers.controls import ShuffledPenaltyTrainer
 from papers.setups import Arm, Regime
 
@@ -75,9 +74,32 @@ STABILITY_ARMS = (
     Arm("mis-sequence", {**TIS, "vllm_importance_sampling_mode": "sequence_mask"}),
     Arm("decay", PLAIN | decay(40)),
     Arm("decay-tis", TIS | decay(40)),
-    Arm("ess-rate", TIS, callbacks=(EssRateCallback,)),
+    Arm("ess-rate", {**TIS, "ess_rate": True}),
     Arm("tis-rate-fifth", TIS, rate=0.2),
     Arm("exact-rate-fifth", {**PLAIN, "rollout_precision": None}, rate=0.2),
+)
+
+# The penalty's other forms, with TIS
+
+_RELATIVE: Options = {
+    "constraint_scale": "relative",
+    "multiplier_init": 0.1,
+    "multiplier_max": 0.3,
+    "dual_lr": 0.05,
+}
+_LOGIT: Options = {"discrepancy_metric": "logit_diff"}
+FORM_ARMS = (
+    Arm("relative", _RELATIVE),
+    Arm("relative-logit", _RELATIVE | _LOGIT),
+    Arm("relative-placebo", _RELATIVE, trainer=ShuffledPenaltyTrainer),
+    Arm("relative-logit-placebo", _RELATIVE | _LOGIT, trainer=ShuffledPenaltyTrainer),
+    Arm("relative-ratio", {**_RELATIVE, "discrepancy_metric": "prob_ratio"}),
+    Arm("relative-logprob", {**_RELATIVE, "discrepancy_metric": "logprob_diff"}),
+    Arm("relative-to-go", {**_RELATIVE, "penalty_horizon": "to_go"}),
+    Arm("relative-logit-to-go", {**_RELATIVE, **_LOGIT, "penalty_horizon": "to_go"}),
+    Arm("relative-capped", {**_RELATIVE, "penalty_share_cap": 0.05}),
+    Arm("rejection-geometric", {**TIS, "rejection": ["geometric"]}),
+    Arm("rejection-dppo-tv", {**TIS, "rejection": ["dppo_tv"]}),
 )
 
 # What the papers claim

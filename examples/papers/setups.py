@@ -69,7 +69,6 @@ class Arm:
         rate: factor on the regime's learning rate.
         data: share of the regime's problems that there are; they are repeated.
         trainer: a control that is no option of the library; None for its trainer.
-        callbacks: made anew for each run.
     """
 
     name: str
@@ -77,7 +76,6 @@ class Arm:
     rate: float = 1.0
     data: float = 1.0
     trainer: Callable[..., Any] | None = None
-    callbacks: tuple[Callable[[], Any], ...] = ()
 
     def options_in(self, regime: Regime) -> dict[str, Any]:
         """The options of a run in a regime."""

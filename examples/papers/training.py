@@ -69,6 +69,4 @@ def build_trainer(regime: Regime, arm: Arm, seed: int, folder: Path, scratch: st
     kind = arm.trainer or DCGRPOTrainer
     trainer = kind(policy, SumReward(), config, problems, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
-    for make in arm.callbacks:
-        trainer.add_callback(make())
     return trainer
