@@ -97,6 +97,7 @@ FORM_ARMS = (
     Arm("relative-logprob", {**_RELATIVE, "discrepancy_metric": "logprob_diff"}),
     Arm("relative-to-go", {**_RELATIVE, "penalty_horizon": "to_go"}),
     Arm("relative-logit-to-go", {**_RELATIVE, **_LOGIT, "penalty_horizon": "to_go"}),
+    Arm("tis-entropy", {**TIS, "use_adaptive_entropy": True, "entropy_target": 3.4, "entropy_coef_delta": 0.02}),
     Arm("relative-capped", {**_RELATIVE, "penalty_share_cap": 0.05}),
     Arm("rejection-geometric", {**TIS, "rejection": ["geometric"]}),
     Arm("rejection-dppo-tv", {**TIS, "rejection": ["dppo_tv"]}),

@@ -192,6 +192,56 @@ STABILITY = (
     ),
 )
 
+FORMS = (
+    Claim(
+        "forms",
+        "a penalty on |π − μ| that bites raises the entropy",
+        "ours, H1",
+        Comparison(Side(STRESSED, "relative"), Side(STRESSED, "tis"), "entropy"),
+        first=True,
+    ),
+    Claim(
+        "forms",
+        "and more than its values shuffled over the tokens do",
+        "ours, H1",
+        Comparison(Side(STRESSED, "relative"), Side(STRESSED, "relative-placebo"), "entropy"),
+    ),
+    Claim(
+        "forms",
+        "an entropy bonus that is driven to the same entropy ends as it does",
+        "ours, H1",
+        _accuracy(STRESSED, "relative", "tis-entropy"),
+        equal=True,
+    ),
+    Claim(
+        "forms",
+        "a penalty on the logit difference leaves the entropy where it is, within 0.05 nats",
+        "ours, H2",
+        Comparison(Side(STRESSED, "relative-logit"), Side(STRESSED, "tis"), "entropy", margin=MARGIN),
+        equal=True,
+    ),
+    *(
+        Claim("forms", f"{name} adds to TIS", source, _accuracy(STRESSED, arm, "tis"))
+        for arm, name, source in (
+            ("relative", "a relative penalty on |π − μ|", "ours, H4"),
+            ("relative-logit", "a relative penalty on the logit difference", "ours, H2"),
+            ("relative-ratio", "a relative penalty on the ratio", "ours, H4"),
+            ("relative-logprob", "a relative penalty on log-probs", "ours, H4"),
+            ("relative-to-go", "the cost to go of |π − μ|", "ours, H3"),
+            ("relative-logit-to-go", "the cost to go of the logit difference", "ours, H3"),
+            ("relative-capped", "a penalty on |π − μ| of at most 5 % of |A|", "ours"),
+            ("rejection-geometric", "geometric rejection", "Liu et al. 2025"),
+            ("rejection-dppo-tv", "DPPO-TV", "DPPO"),
+        )
+    ),
+    Claim(
+        "forms",
+        "the logit difference does more than its values shuffled over the tokens",
+        "control",
+        _accuracy(STRESSED, "relative-logit", "relative-logit-placebo"),
+    ),
+)
+
 CLAIMS = (
     Claim(
         "claims",
@@ -318,6 +368,7 @@ SECTIONS = {
     "Do remedies make up for it?": REMEDIES,
     "Is the discrepancy the cause?": CAUSE,
     "What is added to importance sampling": STABILITY,
+    "Other forms of the penalty": FORMS,
     "The papers' claims": CLAIMS,
 }
 

@@ -129,6 +129,8 @@ def _informative(lines: Sequence[Line], key: str) -> bool:
 
 
 def _mean_of(lines: Sequence[Line], key: str, form: str) -> str:
+    if key.startswith("discrepancy"):  # what another metric measures does not belong into a column of |π − μ|
+        lines = [line for line in lines if line["options"].get("discrepancy_metric", "prob_diff") == "prob_diff"]
     known = [line["outcomes"][key] for line in lines if line["outcomes"].get(key) is not None]
     return format(mean(known), form) if known else "–"
 

@@ -24,7 +24,7 @@ def test_every_figure_that_is_shown_exists() -> None:
 
 def fake(arm: str, seed: int, accuracy: float) -> dict[str, Any]:
     outcomes = {"accuracy": accuracy, "accuracy_all": accuracy, "discrepancy_all": 0.01, "collapsed": 0.0}
-    kept = {"seconds": 60.0, "hardware": "a machine", "date": "2026-01-01", "curves": {}}
+    kept = {"seconds": 60.0, "hardware": "a machine", "date": "2026-01-01", "curves": {}, "options": {}}
     return {"regime": "stressed", "arm": arm, "seed": seed, "block": "cause", "outcomes": outcomes} | kept
 
 
@@ -38,6 +38,15 @@ def test_a_changed_line_changes_the_page() -> None:
     assert "16 runs, seeds 0 to 7, 16 minutes" in page
     lines[-1]["outcomes"]["accuracy"] = 0.7
     assert render(lines, []) != page
+
+
+def test_another_metric_is_not_shown_as_a_probability_difference() -> None:
+    from papers.page import render
+
+    lines = [fake("exact", 0, 0.5), fake("plain", 0, 0.5)]
+    lines[0]["options"] = {"discrepancy_metric": "logit_diff"}
+    rows = [x for x in render(lines, []).splitlines() if x.startswith("| stressed |")]
+    assert "| 0.01 |" in rows[0] and "| 0.01 |" not in rows[1]  # plain, then exact
 
 
 def test_few_seeds_give_no_verdict() -> None:
