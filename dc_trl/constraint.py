@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dc_trl.discrepancy import trajectory_mean
 from dc_trl.dual import DualVariable
+from dc_trl.estimators.penalty_form import PenaltyForm
 
 DISCREPANCY_LEVELS = ("token", "sequence")
 
@@ -194,38 +195,61 @@ class DiscrepancyConstraint:
         dual: the multiplier; only `lagrangian` moves it.
         tolerance: the tolerance; every kind calibrates it, so that the violation is logged.
         level: `"token"` or `"sequence"`; see `discrepancy_penalty`.
+        form: what a token is charged for; by default its discrepancy, as in the paper.
     """
 
-    def __init__(self, kind: str, dual: DualVariable, tolerance: DiscrepancyTolerance, level: str = "token") -> None:
+    def __init__(
+        self,
+        kind: str,
+        dual: DualVariable,
+        tolerance: DiscrepancyTolerance,
+        level: str = "token",
+        form: PenaltyForm | None = None,
+    ) -> None:
         self.kind = kind
         self.dual = dual
         self.tolerance = tolerance
         self.level = level
+        self.form = PenaltyForm() if form is None else form
 
     @property
     def _adapts(self) -> bool:
         return KINDS[self.kind].adapts
 
     @property
+    def _needs_tolerance(self) -> bool:
+        return KINDS[self.kind].needs_tolerance or (self.form.is_relative and self.kind != "none")
+
+    @property
     def multiplier(self) -> float:
         """λ_k as it acts on this iteration: 0 with `none`, and while the tolerance that the kind needs is unknown."""
-        waits = self.tolerance.value is None and KINDS[self.kind].needs_tolerance
+        waits = self.tolerance.value is None and self._needs_tolerance
         return 0.0 if waits or self.kind == "none" else self.dual.value
 
-    def penalty(self, discrepancy: Tensor, valid: Tensor) -> Tensor:
-        """What each token's advantage loses in this iteration, (B, T); arguments as for `discrepancy_penalty`."""
-        return discrepancy_penalty(
-            discrepancy,
+    def penalty(self, discrepancy: Tensor, valid: Tensor, advantages: Tensor | None = None) -> Tensor:
+        """What each token's advantage loses in this iteration, (B, T).
+
+        Args:
+            discrepancy, valid: as for `discrepancy_penalty`.
+            advantages: A, (B, 1) or (B, T); what a cap of the form is a share of.
+        """
+        tolerance = self.tolerance.value
+        penalty = discrepancy_penalty(
+            self.form.cost(discrepancy.detach(), valid, tolerance),
             valid,
             constraint=self.kind,
-            multiplier=self.dual.value,
-            tolerance=self.tolerance.value,
+            multiplier=self.multiplier,
+            tolerance=self.form.tolerance(tolerance),
             level=self.level,
         )
+        return penalty if advantages is None else self.form.capped(penalty, advantages, valid)
 
     def violation(self, mean_discrepancy: float) -> float:
-        """Mean discrepancy − tolerance, positive where the constraint is violated; NaN while calibrating."""
-        return math.nan if self.tolerance.value is None else mean_discrepancy - self.tolerance.value
+        """Mean discrepancy − tolerance, of a relative scale over the tolerance; NaN while calibrating.
+
+        Positive where the constraint is violated.
+        """
+        return self.form.violation(mean_discrepancy, self.tolerance.value)
 
     def metrics(self, mean_discrepancy: float) -> dict[str, float]:
         """What is logged of an iteration: `multiplier`, and `tolerance` and `violation` once they are known."""
@@ -259,13 +283,15 @@ class DiscrepancyConstraint:
 
     def _of_calibration(self) -> list[tuple[str, str]]:
         waiting = f"no penalty yet: calibrating the tolerance on {self.tolerance.batches} generation batches."
-        notices = [("calibrating", waiting)] if KINDS[self.kind].needs_tolerance else []
+        notices = [("calibrating", waiting)] if self._needs_tolerance else []
         if self.tolerance.value is not None:
+            if self._needs_tolerance:
+                self.form.check_calibrated(self.tolerance.value)
             notices.append(("calibrated", self._calibrated(self.tolerance.value)))
         return notices
 
     def _calibrated(self, tolerance: float) -> str:
-        if KINDS[self.kind].needs_tolerance:
+        if self._needs_tolerance:
             return f"discrepancy tolerance calibrated to {tolerance:.3g}."
         return (
             f"the discrepancy's floor gives a tolerance of {tolerance:.3g}, which `constraint={self.kind!r}` does not "
@@ -309,6 +335,9 @@ class DiscrepancyConstraint:
             "multiplier_init": self.dual.init,
             "multiplier_max": self.dual.maximum,
             "dual_lr": self.dual.lr,
+            "constraint_scale": self.form.scale,
+            "penalty_horizon": self.form.horizon,
+            "penalty_share_cap": self.form.share_cap,
         }
 
     def state_dict(self) -> dict[str, Any]:

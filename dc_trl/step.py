@@ -124,10 +124,9 @@ def constrain(
         judged = RejectionInputs(current, train_logps, sampling_logps, masks.valid, advantages)
         verdict = rejection.judge(judged, mask, measured_mask, early)
     discrepancy = token_discrepancy(train_logps, sampling_logps, metric)
-    penalty = loss_weight * constraint.penalty(
-        discrepancy, masks.valid if verdict is None else masks.valid & verdict.kept
-    )
     before = advantages.reshape(len(mask), -1)
+    penalised = masks.valid if verdict is None else masks.valid & verdict.kept
+    penalty = loss_weight * constraint.penalty(discrepancy, penalised, before / loss_weight)
     after = penalised_advantages(before, penalty)
     if verdict is not None:
         after = after * verdict.weights

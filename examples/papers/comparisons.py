@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is claimed, by whom, and the comparison that tells: the protocol's tests as a table."""
+
+from dataclasses import dataclass
+
+from papers.intervals import MARGIN, Comparison, Side
+
+H5 = "ours, H5"
+DC = "DC-GRPO"
+DECAY = "length-decay"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, and the comparison by which it holds or does not.
+
+    Attributes:
+        block: whose results it needs.
+        text: the sentence.
+        source: who claims it.
+        comparison: see there; the claim is that it is above 0.
+        equal: whether the claim is that there is no difference, which holds within the margin.
+        first: whether it stands on the first page.
+    """
+
+    block: str
+    text: str
+    source: str
+    comparison: Comparison
+    equal: bool = False
+    first: bool = False
+
+
+def _discrepancy(regime: str, left: str, right: str) -> Comparison:
+    return Comparison(Side(regime, left), Side(regime, right), "discrepancy_all", log=True)
+
+
+def _accuracy(regime: str, left: str, right: str, outcome: str = "accuracy") -> Comparison:
+    return Comparison(Side(regime, left), Side(regime, right), outcome, margin=MARGIN)
+
+
+def _speed(regime: str, left: str, right: str) -> Comparison:
+    return _accuracy(regime, left, right, "accuracy_all")
+
+
+FP8, BF16, OFF, STRESSED, CALM = "unseen-fp8", "unseen-bf16", "off-grid-fp8", "stressed", "calm"
+
+ROUNDING = (
+    Claim(
+        "rounding",
+        "fp8: a sync that rounds to nearest makes the discrepancy",
+        H5,
+        _discrepancy(FP8, "nearest", "dither"),
+        first=True,
+    ),
+    Claim("rounding", "fp8: and slows learning down", H5, _speed(FP8, "dither", "nearest"), first=True),
+    Claim(
+        "rounding",
+        "fp8: also at twice the rate, where it learns as fast, the discrepancy is larger",
+        H5,
+        _discrepancy(FP8, "nearest-x2", "dither"),
+        first=True,
+    ),
+    Claim("rounding", "fp8: nearest at twice the rate learns as fast", H5, _speed(FP8, "nearest-x2", "dither"), True),
+    Claim(
+        "one-rounding",
+        "bf16: a sync that rounds to nearest makes the discrepancy",
+        H5,
+        _discrepancy(BF16, "nearest", "dither"),
+        first=True,
+    ),
+    Claim("one-rounding", "bf16: and slows learning down", H5, _speed(BF16, "dither", "nearest"), first=True),
+    Claim(
+        "one-rounding",
+        "bf16: also at one and a half times the rate the discrepancy is larger",
+        H5,
+        _discrepancy(BF16, "nearest-x1.5", "dither"),
+    ),
+    Claim(
+        "one-rounding",
+        "bf16: nearest at one and a half times the rate learns as fast",
+        H5,
+        _speed(BF16, "nearest-x1.5", "dither"),
+        equal=True,
+    ),
+    Claim(
+        "one-rounding",
+        "bf16: a trainer that rounds to nearest as well hides the discrepancy",
+        H5,
+        _discrepancy(BF16, "nearest", "one-nearest"),
+        first=True,
+    ),
+    Claim(
+        "one-rounding",
+        "bf16: and still loses the updates: one dithered rounding for both learns faster",
+        H5,
+        _speed(BF16, "one-dither", "one-nearest"),
+        first=True,
+    ),
+    Claim(
+        "rounding-more",
+        "fp8, start off the grid: to nearest the discrepancy is larger too",
+        H5,
+        _discrepancy(OFF, "nearest", "dither"),
+    ),
+    Claim("rounding-more", "fp8, start off the grid: and learning slower", H5, _speed(OFF, "dither", "nearest")),
+)
+
+_NAMED = {"tis": "TIS", "dc": "DC-GRPO", "dc-strong": "DC-GRPO with a penalty that bites", "decay": "length-decay"}
+
+REMEDIES = tuple(
+    claim
+    for arm, name in _NAMED.items()
+    for claim in (
+        Claim(
+            "remedies",
+            f"fp8, to nearest: {name} leaves a discrepancy above that of the dithered sync",
+            H5,
+            _discrepancy(FP8, f"nearest-{arm}", "dither"),
+            first=arm in ("tis", "dc-strong"),
+        ),
+        Claim(
+            "remedies",
+            f"fp8, to nearest: {name} leaves learning slower than the dithered sync",
+            H5,
+            _speed(FP8, "dither", f"nearest-{arm}"),
+        ),
+    )
+)
+
+CAUSE = (
+    Claim(
+        "cause",
+        "the stressed regime is unstable because of the discrepancy: without any it ends higher",
+        "both papers",
+        _accuracy(STRESSED, "exact", "plain"),
+        first=True,
+    ),
+)
+
+STABILITY = (
+    Claim("stability", "TIS ends higher than plain GRPO", "Yao et al. 2025", _accuracy(STRESSED, "tis", "plain")),
+    Claim(
+        "stability",
+        "DC-GRPO ends higher than plain GRPO",
+        f"{DC}, table 1",
+        _accuracy(STRESSED, "dc-alone", "plain"),
+        first=True,
+    ),
+    Claim(
+        "stability",
+        "DC-GRPO with TIS ends higher than TIS",
+        "the question that the paper left out",
+        _accuracy(STRESSED, "dc", "tis"),
+        first=True,
+    ),
+    Claim("stability", "a penalty that bites adds to TIS", "", _accuracy(STRESSED, "dc-strong", "tis")),
+    Claim(
+        "stability",
+        "and more than its values shuffled over the tokens do",
+        "control",
+        _accuracy(STRESSED, "dc-strong", "dc-strong-placebo"),
+    ),
+    Claim("stability", "MIS by token ends higher than TIS", "", _accuracy(STRESSED, "mis-token", "tis")),
+    Claim("stability", "MIS by sequence ends higher than TIS", "", _accuracy(STRESSED, "mis-sequence", "tis")),
+    Claim(
+        "stability",
+        "length-decay ends higher than a constant rate",
+        f"{DECAY}, figures 7 and 8",
+        _accuracy(STRESSED, "decay", "plain"),
+        first=True,
+    ),
+    Claim(
+        "stability",
+        "length-decay adds to TIS",
+        f"{DECAY}, figure 12",
+        _accuracy(STRESSED, "decay-tis", "tis"),
+        first=True,
+    ),
+    Claim(
+        "stability",
+        "an ESS-scaled rate adds to TIS",
+        "VCPO, arXiv 2602.17616",
+        _accuracy(STRESSED, "ess-rate", "tis"),
+    ),
+    Claim("stability", "a fifth of the rate adds to TIS", "control", _accuracy(STRESSED, "tis-rate-fifth", "tis")),
+    Claim(
+        "stability",
+        "without any discrepancy, a fifth of the rate ends higher",
+        "control",
+        _accuracy(STRESSED, "exact-rate-fifth", "exact"),
+    ),
+)
+
+FORMS = (
+    Claim(
+        "forms",
+        "a penalty on |π − μ| that bites raises the entropy",
+        "ours, H1",
+        Comparison(Side(STRESSED, "relative"), Side(STRESSED, "tis"), "entropy"),
+        first=True,
+    ),
+    Claim(
+        "forms",
+        "and more than its values shuffled over the tokens do",
+        "ours, H1",
+        Comparison(Side(STRESSED, "relative"), Side(STRESSED, "relative-placebo"), "entropy"),
+    ),
+    Claim(
+        "forms",
+        "an entropy bonus that is driven to the same entropy ends as it does",
+        "ours, H1",
+        _accuracy(STRESSED, "relative", "tis-entropy"),
+        equal=True,
+    ),
+    Claim(
+        "forms",
+        "a penalty on the logit difference leaves the entropy where it is, within 0.05 nats",
+        "ours, H2",
+        Comparison(Side(STRESSED, "relative-logit"), Side(STRESSED, "tis"), "entropy", margin=MARGIN),
+        equal=True,
+    ),
+    *(
+        Claim("forms", f"{name} adds to TIS", source, _accuracy(STRESSED, arm, "tis"))
+        for arm, name, source in (
+            ("relative", "a relative penalty on |π − μ|", "ours, H4"),
+            ("relative-logit", "a relative penalty on the logit difference", "ours, H2"),
+            ("relative-ratio", "a relative penalty on the ratio", "ours, H4"),
+            ("relative-logprob", "a relative penalty on log-probs", "ours, H4"),
+            ("relative-to-go", "the cost to go of |π − μ|", "ours, H3"),
+            ("relative-logit-to-go", "the cost to go of the logit difference", "ours, H3"),
+            ("relative-capped", "a penalty on |π − μ| of at most 5 % of |A|", "ours"),
+            ("rejection-geometric", "geometric rejection", "Liu et al. 2025"),
+            ("rejection-dppo-tv", "DPPO-TV", "DPPO"),
+        )
+    ),
+    Claim(
+        "forms",
+        "the logit difference does more than its values shuffled over the tokens",
+        "control",
+        _accuracy(STRESSED, "relative-logit", "relative-logit-placebo"),
+    ),
+)
+
+CLAIMS = (
+    Claim(
+        "claims",
+        "a temperature of 1.3 ends higher than 1",
+        f"{DC}, figure 2",
+        _accuracy(STRESSED, "temperature-1.3", "plain"),
+    ),
+    Claim(
+        "claims",
+        "a temperature of 1 ends higher than 0.7",
+        f"{DC}, figure 2",
+        _accuracy(STRESSED, "plain", "temperature-0.7"),
+    ),
+    Claim(
+        "claims",
+        "|π − μ| as the penalty beats the ratio",
+        f"{DC}, figure 2",
+        _accuracy(STRESSED, "dc-alone", "dc-ratio"),
+    ),
+    Claim(
+        "claims",
+        "|π − μ| as the penalty beats log-probs",
+        f"{DC}, figure 2",
+        _accuracy(STRESSED, "dc-alone", "dc-logprob"),
+    ),
+    Claim(
+        "claims",
+        "a penalty by token beats one by sequence",
+        f"{DC}, §4",
+        _accuracy(STRESSED, "dc-alone", "dc-sequence"),
+    ),
+    Claim("claims", "Dual-GRPO ends higher than GRPO", f"{DC}, §4", _accuracy(STRESSED, "dual", "plain")),
+    Claim("claims", "a threshold beats Dual-GRPO", f"{DC}, figure 3", _accuracy(STRESSED, "threshold", "dual")),
+    Claim("claims", "DC-GRPO beats the threshold", f"{DC}, figure 3", _accuracy(STRESSED, "dc-alone", "threshold")),
+    Claim(
+        "claims",
+        "λ0 of 0.05 does as well as 0.1",
+        f"{DC}, table 3",
+        _accuracy(STRESSED, "dc-init-0.05", "dc-alone"),
+        True,
+    ),
+    Claim(
+        "claims",
+        "λ0 of 0.2 does as well as 0.1",
+        f"{DC}, table 3",
+        _accuracy(STRESSED, "dc-init-0.2", "dc-alone"),
+        True,
+    ),
+    Claim(
+        "claims",
+        "a dual rate of 0.5 does as well as 1",
+        f"{DC}, table 4",
+        _accuracy(STRESSED, "dc-dual-lr-0.5", "dc-alone"),
+        True,
+    ),
+    Claim(
+        "claims",
+        "a dual rate of 1.5 does as well as 1",
+        f"{DC}, table 4",
+        _accuracy(STRESSED, "dc-dual-lr-1.5", "dc-alone"),
+        True,
+    ),
+    Claim(
+        "claims", "half the tolerance does worse", f"{DC}, table 5", _accuracy(STRESSED, "dc-alone", "dc-slack-0.6")
+    ),
+    Claim(
+        "claims", "twice the tolerance does worse", f"{DC}, table 5", _accuracy(STRESSED, "dc-alone", "dc-slack-2.5")
+    ),
+    Claim(
+        "claims", "a tenth of the rate ends higher", f"{DECAY}, figure 4", _accuracy(STRESSED, "rate-tenth", "plain")
+    ),
+    Claim(
+        "claims",
+        "at a tenth of the rate the discrepancy is smaller",
+        f"{DECAY}, figure 4",
+        _discrepancy(STRESSED, "plain", "rate-tenth"),
+    ),
+    Claim(
+        "claims",
+        "a quarter of the problems ends no differently",
+        f"{DECAY}, figure 5",
+        _accuracy(STRESSED, "data-quarter", "plain"),
+        True,
+    ),
+    Claim(
+        "claims",
+        "a fortieth of the problems ends lower",
+        f"{DECAY}, figure 5",
+        _accuracy(STRESSED, "plain", "data-fortieth"),
+    ),
+    Claim(
+        "claims",
+        "a decay that comes early ends lower",
+        f"{DECAY}, figures 9 and 10",
+        _accuracy(STRESSED, "decay", "decay-early"),
+    ),
+    Claim(
+        "claims",
+        "a decay that comes late ends lower",
+        f"{DECAY}, figures 9 and 10",
+        _accuracy(STRESSED, "decay", "decay-late"),
+    ),
+    Claim("claims", "length-decay adds to MIS", f"{DECAY}, figure 11", _accuracy(STRESSED, "decay-mis", "mis-token")),
+    Claim(
+        "claims",
+        "an fp16 sampler alone does not end higher",
+        f"{DECAY}, figure 13",
+        _accuracy(STRESSED, "fp16", "plain"),
+        True,
+    ),
+    Claim(
+        "claims",
+        "length-decay adds to an fp16 sampler",
+        f"{DECAY}, figure 13",
+        _accuracy(STRESSED, "fp16-decay", "fp16"),
+    ),
+    Claim("claims", "DC-GRPO adds to length-decay", "both", _accuracy(STRESSED, "decay-dc", "decay")),
+    Claim("claims", "calm: DC-GRPO ends higher than plain GRPO", f"{DC}, table 2", _accuracy(CALM, "dc", "plain")),
+    Claim("claims", "calm: DC-GRPO with TIS ends higher than TIS", "", _accuracy(CALM, "dc", "tis")),
+)
+
+SECTIONS = {
+    "Rounding at the weight sync": ROUNDING,
+    "Do remedies make up for it?": REMEDIES,
+    "Is the discrepancy the cause?": CAUSE,
+    "What is added to importance sampling": STABILITY,
+    "Other forms of the penalty": FORMS,
+    "The papers' claims": CLAIMS,
+}
+
+ALL = tuple(claim for claims in SECTIONS.values() for claim in claims)

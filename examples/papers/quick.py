@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A smoke of the study: every arm for a few updates. Its numbers mean nothing and are not kept."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from papers.blocks import BLOCKS, Block
+
+WARMUP_STEPS = 20
+ROLLOUTS = 3
+BATCH = 16
+
+
+def shortened(block: Block) -> Block:
+    """A block whose runs are as short as they can be."""
+    runs = ((replace(regime, rollouts=ROLLOUTS, batch=_batch(regime.updates)), arm) for regime, arm in block.runs)
+    return Block(block.name, tuple(runs))
+
+
+def _batch(updates: int) -> int:
+    """Completions of a rollout: each of its mini-batches holds a whole group."""
+    return max(BATCH, 8 * updates)
+
+
+def smoke(folder: Path, only: Sequence[str] = (), jobs: int = 1) -> None:
+    """Runs every arm of the blocks once.
+
+    Raises:
+        RuntimeError: if a run failed or left no line.
+    """
+    from papers import training  # noqa: F401 (loaded once, before the forks)
+    from papers.runner import Todo, do
+
+    started = time.time()
+    todo = [
+        Todo(block, regime, arm, 0)
+        for block in map(shortened, BLOCKS.values())
+        if not only or block.name in only
+        for regime, arm in block.runs
+    ]
+    do(todo, folder / "results", folder / "starts", jobs, warmup_steps=WARMUP_STEPS)
+    print(f"{len(todo)} runs in {(time.time() - started) / 60:.1f} minutes; nothing is kept")

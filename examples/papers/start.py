@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every arm of a seed starts: the demo's policy, warmed up once a seed and kept, and its problems."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_task import build_policy, build_tokenizer, make_problems, warm_up
+from transformers import PreTrainedModel, Qwen3ForCausalLM, set_seed
+
+from dc_trl.rollouts.quantization import fake_quantize, quantizable_parameters
+
+HELD_OUT = 256
+WARMUP_STEPS = 400
+
+
+def held_out_problems(seed: int) -> list[dict[str, str]]:
+    """Problems that no arm of a seed trains on."""
+    return make_problems("held-out", HELD_OUT, seed)
+
+
+def training_problems(seed: int, count: int) -> list[dict[str, str]]:
+    """As many problems as a run samples from, each used once; no prompt of them is held out."""
+    return make_problems("training", count, seed, {problem["prompt"] for problem in held_out_problems(seed)})
+
+
+def warm_start(seed: int, folder: Path, steps: int = WARMUP_STEPS) -> Path:
+    """The folder with the warmed-up policy of a seed in float32; made on the first call.
+
+    Args:
+        seed: of weights, problems and styles.
+        folder: where the policies of all seeds are kept.
+        steps: of the warm-up.
+    """
+    kept = folder / f"seed-{seed}-{steps}"
+    if not kept.exists():
+        set_seed(seed)
+        tokenizer = build_tokenizer()
+        policy = build_policy(tokenizer)
+        warm_up(policy, tokenizer, steps, seed, {problem["prompt"] for problem in held_out_problems(seed)})
+        making = kept.with_suffix(".making")
+        shutil.rmtree(making, ignore_errors=True)
+        policy.save_pretrained(making)
+        tokenizer.save_pretrained(making)
+        making.rename(kept)
+    return kept
+
+
+def load_policy(folder: Path, grid: str | None) -> Any:
+    """The policy of a folder in float32, its weights rounded to a grid, as a published checkpoint's are.
+
+    Args:
+        folder: of `warm_start`, or any causal model's.
+        grid: `"bf16"`, `"fp8"` (the weights inside the blocks, one scale per output channel), or None.
+    """
+    policy = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if grid is not None:
+        round_to_grid(policy, grid)
+    return policy
+
+
+@torch.no_grad()
+def round_to_grid(policy: PreTrainedModel, grid: str) -> None:
+    """Rounds a policy's weights in place, to what a sampler of that precision holds exactly.
+
+    Raises:
+        ValueError: for a grid that is not known.
+    """
+    if grid == "bf16":
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+        return
+    if grid != "fp8":
+        raise ValueError(f"`grid` is {grid!r}, which is unknown: use 'bf16', 'fp8' or None.")
+    dims = quantizable_parameters(policy, policy.get_output_embeddings())
+    for name, parameter in policy.named_parameters():
+        if name in dims:
+            parameter.copy_(fake_quantize(parameter, "fp8", dims[name]))

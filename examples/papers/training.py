@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: a regime, an arm and a seed in, one JSON object out."""
+
+import platform
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import demo_quiet  # noqa: F401 (silences the imports below)
+import torch
+from datasets import Dataset
+from demo_task import SumReward
+from quickstart import evaluate
+from transformers import AutoTokenizer, PrinterCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from dc_trl import DCGRPOConfig, DCGRPOTrainer
+from papers.outcomes import curves, outcomes
+from papers.setups import GROUP, Arm, Regime
+from papers.start import WARMUP_STEPS, held_out_problems, load_policy, training_problems, warm_start
+
+
+def train(regime: Regime, arm: Arm, seed: int, starts: Path, warmup_steps: int = WARMUP_STEPS) -> dict[str, Any]:
+    """The finished run as it is written down: its name, its outcomes, its curves, and what it ran on.
+
+    Args:
+        regime, arm, seed: what the run is.
+        starts: folder of the warmed-up policies.
+        warmup_steps: of the warm-up, where it has not been done yet.
+    """
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    started = time.perf_counter()
+    folder = warm_start(seed, starts, warmup_steps)
+    warmed = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(regime, arm, seed, folder, scratch)
+        problems = held_out_problems(seed)
+        before = evaluate(trainer, problems, seed)
+        trainer.train()
+        after = evaluate(trainer, problems, seed)
+    log = trainer.state.log_history
+    ended = {f"held_out_{key}": round(value, 5) for key, value in after.items()}
+    ended |= {f"held_out_{key}_before": round(value, 5) for key, value in before.items()}
+    return {
+        "regime": regime.name,
+        "arm": arm.name,
+        "seed": seed,
+        "options": regime.options | arm.options_in(regime),
+        "outcomes": outcomes(log) | ended,
+        "curves": curves(log),
+        "seconds": round(time.perf_counter() - warmed, 1),
+        "warm_up_seconds": round(warmed - started, 1),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
+    }
+
+
+def build_trainer(regime: Regime, arm: Arm, seed: int, folder: Path, scratch: str) -> DCGRPOTrainer:
+    """The trainer of a run, as any user would build it from the library's public options."""
+    set_seed(seed)
+    config = DCGRPOConfig(output_dir=scratch, seed=seed, **(regime.options | arm.options_in(regime)))
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    count = round(arm.data * regime.rollouts * regime.batch / GROUP)
+    problems = Dataset.from_list(training_problems(seed, count))
+    policy = load_policy(folder, regime.grid)
+    kind = arm.trainer or DCGRPOTrainer
+    trainer = kind(policy, SumReward(), config, problems, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
