@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from dc_trl.constraint import DiscrepancyConstraint
 from dc_trl.records.card import model_card
+from dc_trl.records.text import visible
 from dc_trl.rollouts import deployed
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.rejection_trainer import RejectionTrainer
@@ -22,9 +23,10 @@ class SavingTrainer(RejectionTrainer):
     _constraint: DiscrepancyConstraint
     _instruments: Instruments
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
-        super().create_model_card(*args, **kwargs)
+        # A directory's name, by default, may hold what no text file does.
+        super().create_model_card(model_name and visible(model_name), *args, **kwargs)
         if self.is_world_process_zero():
             tolerance, multiplier = self._constraint.tolerance.value, self._constraint.dual.value
             state = (tolerance, multiplier, self._sync_rounding, self.state.log_history)
