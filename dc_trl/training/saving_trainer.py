@@ -23,10 +23,12 @@ class SavingTrainer(RejectionTrainer):
     _constraint: DiscrepancyConstraint
     _instruments: Instruments
 
-    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
         """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
         # A directory's name, by default, may hold what no text file does.
-        super().create_model_card(model_name and visible(model_name), *args, **kwargs)
+        super().create_model_card(model_name and visible(model_name), dataset_name, tags)
         if self.is_world_process_zero():
             tolerance, multiplier = self._constraint.tolerance.value, self._constraint.dual.value
             state = (tolerance, multiplier, self._sync_rounding, self.state.log_history)
