@@ -23,12 +23,11 @@ class SavingTrainer(RejectionTrainer):
     _constraint: DiscrepancyConstraint
     _instruments: Instruments
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
-        # A directory's name, by default, may hold what no text file does.
-        super().create_model_card(model_name and visible(model_name), dataset_name, tags)
+        # The model's, by default a directory's, may hold what no text file does.
+        name, *others = args or (kwargs.pop("model_name", None),)
+        super().create_model_card(name and visible(name), *others, **kwargs)
         if self.is_world_process_zero():
             tolerance, multiplier = self._constraint.tolerance.value, self._constraint.dual.value
             state = (tolerance, multiplier, self._sync_rounding, self.state.log_history)
