@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from dc_trl.constraint import DiscrepancyConstraint
 from dc_trl.records.card import model_card
+from dc_trl.records.text import visible
 from dc_trl.rollouts import deployed
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.rejection_trainer import RejectionTrainer
@@ -24,7 +25,9 @@ class SavingTrainer(RejectionTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes TRL's model card with the constraint, the tolerance in use and the last measurements."""
-        super().create_model_card(*args, **kwargs)
+        # The model's, by default a directory's, may hold what no text file does.
+        name, *others = args or (kwargs.pop("model_name", None),)
+        super().create_model_card(name and visible(name), *others, **kwargs)
         if self.is_world_process_zero():
             tolerance, multiplier = self._constraint.tolerance.value, self._constraint.dual.value
             state = (tolerance, multiplier, self._sync_rounding, self.state.log_history)

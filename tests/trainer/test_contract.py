@@ -10,6 +10,8 @@ import torch
 import trl
 from runs import dc_trainer, replayed_rollouts, trl_trainer, weights
 from seams import overrides
+from transformers import Trainer
+from transformers.utils import hf_api
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
@@ -46,6 +48,8 @@ PARAMETERS = {
     ],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "create_model_card": ["model_name", "dataset_name", "tags"],
+    "push_to_hub": ["commit_message", "blocking", "token", "revision", "kwargs"],
+    "_push_from_checkpoint": ["checkpoint_folder"],
     "log": ["logs", "start_time"],
     "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
 }
@@ -60,6 +64,15 @@ def test_hooked_methods_keep_their_parameters(method: str, expected: list[str]) 
 def test_every_overridden_method_is_held() -> None:
     names = {name for name in overrides()["GRPOTrainer"] if inspect.isroutine(getattr(GRPOTrainer, name))}
     assert names == set(PARAMETERS)
+
+
+@pytest.mark.parametrize(("method", "uploads"), [("push_to_hub", 1), ("_push_from_checkpoint", 2)])
+def test_all_that_a_push_sends_goes_through_one_client(method: str, uploads: int) -> None:
+    # By which it is held to the list of what is sent; whatever were sent in another way would be sent whole.
+    source = inspect.getsource(getattr(Trainer, method))
+    assert source.count("hf_api().upload_folder(") == source.count("upload_") == uploads
+    assert source.count("folder_path=") == uploads
+    assert getattr(Trainer, method).__globals__["hf_api"] is hf_api and hf_api() is hf_api()
 
 
 def test_version_range() -> None:

@@ -116,6 +116,15 @@ def test_a_refusal_does_not_say_it(settings: dict[str, Any], field: str) -> None
     assert SECRET not in str(raised.value)
 
 
+def test_a_directory_whose_name_is_no_text_gets_its_card(tmp_path: Path) -> None:
+    folder = Path(str(tmp_path), "run\udcff\n<b>")  # as Python has a file name of other bytes than UTF-8
+    (folder / "evaluation").mkdir(parents=True)
+    trainer = dc_trainer(folder)
+    trainer.create_model_card(model_name=folder.name)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "# Model Card for run⟨U+DCFF⟩↵&lt;b&gt;\n" in text
+
+
 def test_a_state_is_compared_by_what_it_hides(tmp_path: Path) -> None:
     trainer = dc_trainer(tmp_path)
     found = []

@@ -15,7 +15,7 @@ from dc_trl.config import DCGRPOConfig
 from dc_trl.records.card.model_index import model_index_results
 from dc_trl.records.card.series import DISCREPANCY, series
 from dc_trl.records.results import newest_results, read_results, score
-from dc_trl.records.text import markdown
+from dc_trl.records.text import markdown, visible
 from dc_trl.rollouts.engines import engine_name
 from dc_trl.rollouts.shown import shown
 
@@ -112,7 +112,7 @@ def complete(
     card.text = with_section(text, "\n".join(part for part in parts if part))
     if entries := model_index_results(results):
         card.data.eval_results = entries
-        card.data.model_name = card.data.get("model_name") or folder.resolve().name
+        card.data.model_name = card.data.get("model_name") or visible(folder.resolve().name)
     card.save(folder / CARD)
 
 
