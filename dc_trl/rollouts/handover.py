@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dc_trl.rollouts.rounding import Dither, is_coarser
 from dc_trl.rollouts.update_seen import UpdateSeen
+from dc_trl.rollouts.vllm_server import server_configuration
 from dc_trl.rollouts.weights import iter_policy_weights, parameter_sizes, plain_model
 
 
@@ -65,7 +66,8 @@ def handover_for(engine: Any, dither: Dither | None) -> Handover:
     if engine.mode == "colocate":
         dtype = served_dtype(engine.llm.llm_engine.model_config)
     elif engine.accelerator.is_main_process:
-        dtype = served_dtype(engine.vllm_client.get_server_info()["model_config"])
+        client = engine.vllm_client
+        dtype = served_dtype(server_configuration(client.session, client.base_url)["model_config"])
     else:
         dtype = torch.float32  # the other processes only take part in gathering the weights
     return Handover(plain_model(engine.model, engine.accelerator), dtype, dither)
