@@ -76,7 +76,7 @@ def handover_for(engine: Any, dither: Dither | None) -> Handover:
 def hand_over(engine: Any, handover: Handover) -> None:
     """Have an engine of TRL's send what `handover` makes of the weights, over NCCL or in place.
 
-    Seams of TRL 1.16: `_iter_named_params()` yields every tensor under the plain model's name, twice at the first sync
+    Seams of TRL: `_iter_named_params()` yields every tensor under the plain model's name, twice at the first sync
     with a server, for the dtypes and for the tensors; `sync_weights()` walks it. Both become attributes of the
     instance, which also gets `sync_metrics` at each sync, `update_seen`, `deployed_weights` and `deployed_dtype`.
 

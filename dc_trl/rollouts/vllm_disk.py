@@ -58,7 +58,7 @@ class VLLMDiskGeneration(VLLMGeneration):
     module at a time. A server that dies raises `ConnectionError` after at most about `server_timeout` seconds. A
     server started again is brought up to date by the first `sync_weights` of the resumed run.
 
-    Seams of TRL 1.16 used: `_init_vllm` (replaced: no communicator), `sync_weights` (replaced), `generate` (wrapped),
+    Seams of TRL used: `_init_vllm` (replaced: no communicator), `sync_weights` (replaced), `generate` (wrapped),
     and the attributes `mode`, `model`, `accelerator`, `server_*`, `group_port`, `vllm_client`.
 
     Args:
