@@ -5,10 +5,11 @@ import ast
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -16,8 +17,9 @@ from places import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# Where no test of the package's own runs: vLLM's range is TRL's word, torch is the one of constraints.txt.
+# Not at their floors in requirements/lowest.txt, which says why; what is for vLLM is TRL's word.
 NOT_LOWERED = {"torch", "trl"}
+FOR_VLLM = {"vllm", "aiohttp"}
 DISTRIBUTIONS = packages_distributions() | {"vllm": ["vllm"]}  # whichever build of it is installed
 
 
@@ -31,7 +33,7 @@ def pins(name: str) -> dict[str, str]:
     """What a file of constraints pins, by canonical name."""
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     pairs = (line.partition("==")[::2] for line in lines if line and not line.startswith("#"))
-    return {canonicalize_name(package): version for package, version in pairs}
+    return {canonicalize_name(package): pinned for package, pinned in pairs}
 
 
 def floor(requirement: Requirement) -> str:
@@ -39,14 +41,13 @@ def floor(requirement: Requirement) -> str:
 
 
 NEEDED = requirements(PROJECT["dependencies"])
-OPTIONAL = requirements(
-    [line for name in ("vllm", "math", "quant", "peft", "report", "examples") for line in EXTRAS[name]]
-)
-TESTED = requirements([line for name in ("test", "dev") for line in EXTRAS[name]])
+DEVELOPMENT = ("test", "dev")
+OPTIONAL = requirements([line for name, lines in EXTRAS.items() if name not in DEVELOPMENT for line in lines])
+TESTED = requirements([line for name in DEVELOPMENT for line in EXTRAS[name]])
 
 
 def imported(folder: str) -> set[str]:
-    """The top-level packages that the files of a folder import, wherever in the file, the standard library's left out."""
+    """The top-level packages that the files of a folder import, wherever in the file; not the standard library's."""
     found: set[str] = set()
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -77,10 +78,9 @@ def test_every_import_is_declared(folder: str, declared: set[str]) -> None:
 
 def test_the_lowest_versions_are_the_floors() -> None:
     lowest = pins("requirements/lowest.txt")
-    held = {name: each for name, each in (NEEDED | OPTIONAL).items() if each.extras == set()}
-    held = {name: each for name, each in held.items() if name not in NOT_LOWERED | {"vllm", "aiohttp"}}
-    assert lowest.keys() - NOT_LOWERED == held.keys()
-    for name, requirement in held.items():
+    tried = {name: each for name, each in (NEEDED | OPTIONAL).items() if name not in NOT_LOWERED | FOR_VLLM}
+    assert lowest.keys() - NOT_LOWERED == tried.keys()
+    for name, requirement in tried.items():
         assert Version(lowest[name]) == Version(floor(requirement)), name
     assert Version(pins("requirements/trl-floor.txt")["trl"]) == Version(floor(NEEDED["trl"]))
 
@@ -95,8 +95,6 @@ def test_tried_versions_are_within_the_ranges(name: str) -> None:
 
 
 def test_the_installed_versions_are_within_the_ranges() -> None:
-    from importlib.metadata import version
-
     for package, requirement in NEEDED.items():
         assert requirement.specifier.contains(version(package)), package
 
@@ -125,8 +123,6 @@ def test_every_job_of_the_matrix_has_its_files() -> None:
 
 
 def test_the_citation_is_of_this_version() -> None:
-    import yaml
-
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]

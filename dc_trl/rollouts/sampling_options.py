@@ -4,9 +4,9 @@
 The trainer scores a token under softmax(logits / temperature). An option that makes the engine draw from anything else
 gives the discrepancy a floor that no agreement of the engines removes; one that makes the engine report several
 log-probs a token makes TRL read the likeliest token's. `OPTIONS` names the options that are known not to, with the
-values at which they do nothing. It was decided from the fields of vLLM's `SamplingParams` (0.31), from how TRL 1.15 and
-1.16 read its output (`extract_logprobs`), and from transformers' `GenerationConfig` (5.17). What it does not name is
-refused: an option of a later vLLM is harmful until somebody has looked.
+values at which they do nothing. It was decided from the fields of vLLM's `SamplingParams` (0.31), from how TRL
+(1.15, 1.16) reads its output (`extract_logprobs`), and from transformers' `GenerationConfig` (5.17). What it does not
+name is refused: an option of a later vLLM is harmful until somebody has looked.
 """
 
 from collections.abc import Mapping
