@@ -7,6 +7,7 @@ for each head of a group. Neither is needed to decode one token a sequence.
 Shapes: n sequences, H query heads, K key heads, P cached tokens, D size of a head.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -68,6 +69,14 @@ AttentionInterface.register(SHARED_KEYS_ATTENTION, shared_keys_attention)
 AttentionMaskInterface.register(SHARED_KEYS_ATTENTION, sdpa_mask)
 
 
+def cache_name(model: torch.nn.Module) -> str:
+    """By what name a model's forward takes the cache, and its output returns it.
+
+    Newer transformers call it `cache` and announce that forwards will not take `past_key_values` from 5.40 on.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class RoomyLayer(DynamicLayer):
     """A cache layer of full attention, written in place: new tokens into room kept free, rows into gaps before them.
 
@@ -78,9 +87,9 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, layer: Any, most: int) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self.keys: torch.Tensor = layer.keys
         self.values: torch.Tensor = layer.values
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
         self._most = most
         # (rows, K, room, D); `keys` and `values` are views of the filled part.
         self._key_room, self._value_room = self.keys, self.values

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dc_trl.rollouts.rounding import Dither, is_coarser
 from dc_trl.rollouts.update_seen import UpdateSeen
+from dc_trl.rollouts.vllm_server import server_configuration
 from dc_trl.rollouts.weights import iter_policy_weights, parameter_sizes, plain_model
 
 
@@ -65,7 +66,8 @@ def handover_for(engine: Any, dither: Dither | None) -> Handover:
     if engine.mode == "colocate":
         dtype = served_dtype(engine.llm.llm_engine.model_config)
     elif engine.accelerator.is_main_process:
-        dtype = served_dtype(engine.vllm_client.get_server_info()["model_config"])
+        client = engine.vllm_client
+        dtype = served_dtype(server_configuration(client.session, client.base_url)["model_config"])
     else:
         dtype = torch.float32  # the other processes only take part in gathering the weights
     return Handover(plain_model(engine.model, engine.accelerator), dtype, dither)
@@ -74,7 +76,7 @@ def handover_for(engine: Any, dither: Dither | None) -> Handover:
 def hand_over(engine: Any, handover: Handover) -> None:
     """Have an engine of TRL's send what `handover` makes of the weights, over NCCL or in place.
 
-    Seams of TRL 1.16: `_iter_named_params()` yields every tensor under the plain model's name, twice at the first sync
+    Seams of TRL: `_iter_named_params()` yields every tensor under the plain model's name, twice at the first sync
     with a server, for the dtypes and for the tensors; `sync_weights()` walks it. Both become attributes of the
     instance, which also gets `sync_metrics` at each sync, `update_seen`, `deployed_weights` and `deployed_dtype`.
 

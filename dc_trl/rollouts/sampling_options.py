@@ -4,13 +4,14 @@
 The trainer scores a token under softmax(logits / temperature). An option that makes the engine draw from anything else
 gives the discrepancy a floor that no agreement of the engines removes; one that makes the engine report several
 log-probs a token makes TRL read the likeliest token's. `OPTIONS` names the options that are known not to, with the
-values at which they do nothing. It was decided from the fields of vLLM's `SamplingParams` (0.31), from how TRL 1.16
-reads its output (`extract_logprobs`), and from transformers' `GenerationConfig` (5.17). What it does not name is
-refused: an option of a later vLLM is harmful until somebody has looked.
+values at which they do nothing. It was decided from the fields of vLLM's `SamplingParams` (0.31), from how TRL
+(1.15, 1.16) reads its output (`extract_logprobs`), and from transformers' `GenerationConfig` (5.17). What it does not
+name is refused: an option of a later vLLM is harmful until somebody has looked.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 # The engine that is to take an option: vLLM, the copy of the policy in this process, or a `rollout_func`'s own.
@@ -20,6 +21,9 @@ _RESHAPES = (
     "it truncates or shifts the sampling distribution, so the engines' probabilities of a token differ even when they "
     "agree"
 )
+# TRL's importance sampling knows of truncation from here on (its release notes, 1.17.0): "unbiased under top-k, top-p
+# and min-p". Whether its log-probs then mean one distribution under a constraint as well, nobody has tried.
+TRUNCATION_CORRECTED = (1, 17)
 _READS = "TRL would read the first log-prob that comes back, which need no longer be the sampled token's"
 _UNKNOWN = "it is not among the options that are known to leave sampling distribution and log-probs as they are"
 
@@ -33,6 +37,7 @@ class Option:
         free: whether an engine that follows it may take any value, since none changes the distribution or the
             log-prob that is read. The in-process engine does not follow it.
         same_as: field of the config whose value is neutral, too.
+        truncates: whether it samples from a part of the distribution, which depends on the version of TRL.
         vllm: whether vLLM knows it; otherwise it is one of transformers' alone.
         unset_by_none: whether None does nothing, too, except to vLLM, which fails on it.
         reason: why another value is refused.
@@ -42,6 +47,7 @@ class Option:
     neutral: tuple[Any, ...] = ()
     free: bool = False
     same_as: str | None = None
+    truncates: bool = False
     vllm: bool = True
     unset_by_none: bool = False
     reason: str = _RESHAPES
@@ -54,9 +60,9 @@ OPTIONS: dict[str, Option] = {
         reason="the trainer scores at `temperature` = {temperature}: the discrepancy would measure the temperature",
         instead="Set `temperature` alone",
     ),
-    "top_p": Option((1.0,), unset_by_none=True),
-    "top_k": Option((0, -1), unset_by_none=True),
-    "min_p": Option((0.0,), unset_by_none=True),
+    "top_p": Option((1.0,), unset_by_none=True, truncates=True),
+    "top_k": Option((0, -1), unset_by_none=True, truncates=True),
+    "min_p": Option((0.0,), unset_by_none=True, truncates=True),
     "repetition_penalty": Option((1.0,), unset_by_none=True),
     "presence_penalty": Option((0.0,)),
     "frequency_penalty": Option((0.0,)),
@@ -140,7 +146,17 @@ def objection(
     if option.same_as is not None and value == settings[option.same_as]:
         return None
     reason = "this engine does not follow it" if option.free else option.reason.format(**settings)
+    if option.truncates and engine != IN_PROCESS:
+        reason += _truncation_in_trl(version("trl"))
     return f"{reason}. {_way_out(engine, option, without)}"
+
+
+def _truncation_in_trl(installed: str) -> str:
+    """What the installed TRL makes of truncated sampling, to follow the reason."""
+    major, minor = installed.split(".")[:2]
+    if (int(major), int(minor)) < TRUNCATION_CORRECTED:
+        return f". TRL {installed} scores under the whole softmax; it corrects for truncation from 1.17 on"
+    return f". TRL {installed} corrects its importance sampling for that, but no constraint was tried with it"
 
 
 def _way_out(engine: str, option: Option | None, without: str) -> str:

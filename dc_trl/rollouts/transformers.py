@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from dc_trl.rollouts.decoding import give_room, keep_rows
+from dc_trl.rollouts.decoding import cache_name, give_room, keep_rows
 from dc_trl.rollouts.quantization import PolicyCopy
 from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.router_replay import RolloutRoutes, RouterRecorder
@@ -256,7 +256,7 @@ class TransformersGeneration:
             lengths=lengths,
             mask=mask.long(),
             width=width,
-            cache=outputs.past_key_values,
+            cache=getattr(outputs, cache_name(self.policy)),
             logits=outputs.logits[:, -1],
         )
         if len(distinct) < len(prompts):
@@ -273,8 +273,8 @@ class TransformersGeneration:
             input_ids=tokens[:, None],
             attention_mask=batch.mask[:, : batch.width],
             position_ids=batch.lengths[:, None],
-            past_key_values=batch.cache,
             use_cache=True,
+            **{cache_name(self.policy): batch.cache},
         )
         batch.lengths += 1
         batch.logits = outputs.logits[:, -1]

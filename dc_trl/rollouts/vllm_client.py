@@ -3,17 +3,16 @@
 
 from typing import Any
 
-import torch
 from trl.generation.vllm_client import VLLMClient
 
 from dc_trl.rollouts.server_answers import Answer, answer_error, check_sampled, refuse_redirects, served_models
-from dc_trl.rollouts.vllm_server import PatientAdapter, first_answer, server_info
+from dc_trl.rollouts.vllm_server import PatientAdapter, first_answer
 
 
 class CheckedClient(VLLMClient):
     """TRL's `VLLMClient`: what it reads of an answer is there, or the error names the address, and what came.
 
-    Seams of TRL 1.16 used: `check_server`, `get_server_info`, `_get` and `_post` (replaced), `session`, `base_url`.
+    Seams of TRL 1.16 used: `check_server`, `_get` and `_post` (replaced), `session`, `base_url`.
 
     Args:
         base_url: of the server.
@@ -34,22 +33,6 @@ class CheckedClient(VLLMClient):
             raise answer_error(response, "the server's health was asked for")
         self.session.mount(self.base_url, PatientAdapter(total_timeout))
         refuse_redirects(self.session)
-
-    def get_server_info(self) -> dict[str, Any]:
-        """The server's `vllm_config`, with its `model_config`, whose `dtype` is one of torch's.
-
-        Raises:
-            ValueError: the server has no development endpoints.
-        """
-        url = f"{self.base_url}/server_info"
-        info = server_info(self.session.get(url, params={"config_format": "json"}))
-        dtype = info.field("vllm_config", "model_config", "dtype", kind=str)
-        if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
-            raise info.error(f"has {ascii(dtype)[:80]} for vllm_config.model_config.dtype, no dtype of torch's")
-        config: dict[str, Any] = info.value["vllm_config"]
-        if "device_config" in config:
-            info.field("vllm_config", "device_config", kind=dict)
-        return config
 
     def _get(self, url: str, **kwargs: Any) -> dict[str, Any]:
         answer = Answer.of(self.session.get(url, **kwargs), "the served models were")

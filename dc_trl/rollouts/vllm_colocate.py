@@ -23,7 +23,7 @@ from dc_trl.rollouts.weights import iter_policy_weights, plain_model
 def engine_arguments(arguments: dict[str, Any] | None) -> Iterator[None]:
     """While this is open, a colocated engine that TRL builds gets these arguments of `vllm.LLM` on top of TRL's.
 
-    Seam of TRL 1.16: the name `LLM` in `trl.generation.vllm_generation`, which has no other way to pass them.
+    Seam of TRL: the name `LLM` in `trl.generation.vllm_generation`, which has no other way to pass them.
     """
     if not arguments:
         yield

@@ -39,6 +39,7 @@ from dc_trl.rollouts.vllm_server import (
     check_reloadable,
     explain_failure,
     reload_weights,
+    server_configuration,
 )
 from dc_trl.rollouts.weights import iter_policy_weights, plain_model
 
@@ -57,7 +58,7 @@ class VLLMDiskGeneration(VLLMGeneration):
     module at a time. A server that dies raises `ConnectionError` after at most about `server_timeout` seconds. A
     server started again is brought up to date by the first `sync_weights` of the resumed run.
 
-    Seams of TRL 1.16 used: `_init_vllm` (replaced: no communicator), `sync_weights` (replaced), `generate` (wrapped),
+    Seams of TRL used: `_init_vllm` (replaced: no communicator), `sync_weights` (replaced), `generate` (wrapped),
     and the attributes `mode`, `model`, `accelerator`, `server_*`, `group_port`, `vllm_client`.
 
     Args:
@@ -123,7 +124,7 @@ class VLLMDiskGeneration(VLLMGeneration):
             with explain_failure(self.base_url, "saying what it serves"):
                 self.vllm_client = CheckedClient(self.base_url, self.group_port, self.server_timeout)
                 # Raises where the development endpoints are off.
-                server = self.vllm_client.get_server_info()
+                server = server_configuration(self.vllm_client.session, self.base_url)
             check_reloadable(server, policy)
             dtype = served_dtype(server["model_config"])
         self.handover = Handover(policy, dtype, self.dither)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import torch
 from requests.adapters import HTTPAdapter
 from torch import nn
 from urllib3.connection import HTTPConnection
@@ -28,6 +29,7 @@ START_COMMAND = (
 _RESET_ATTEMPTS = 5
 _ANSWER_SECONDS = 60.0
 """Least time that a server which took the connection gets to answer: the first `/server_info` surveys its machine."""
+_AS_JSON = {"config_format": "json"}
 
 
 class PatientAdapter(HTTPAdapter):
@@ -121,6 +123,25 @@ def server_info(response: requests.Response) -> Answer:
     return answer
 
 
+def server_configuration(session: requests.Session, base_url: str) -> dict[str, Any]:
+    """The server's `vllm_config`, with its `model_config`, whose `dtype` is one of torch's.
+
+    TRL's own client has a method for it from 1.16 on.
+
+    Raises:
+        ValueError: the server has no development endpoints.
+        ServerAnswerError: it answered something else.
+    """
+    info = server_info(session.get(f"{base_url}/server_info", params=_AS_JSON))
+    dtype = info.field("vllm_config", "model_config", "dtype", kind=str)
+    if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
+        raise info.error(f"has {ascii(dtype)[:80]} for vllm_config.model_config.dtype, no dtype of torch's")
+    config: dict[str, Any] = info.value["vllm_config"]
+    if "device_config" in config:
+        info.field("vllm_config", "device_config", kind=dict)
+    return config
+
+
 def check_reloadable(vllm_config: dict[str, Any], model: nn.Module) -> None:
     """Refuse what the server would reload wrongly without a word.
 
@@ -154,7 +175,7 @@ def first_answer(url: str, timeout: float) -> requests.Response:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            return session.get(url, params={"config_format": "json"}, timeout=(timeout, max(timeout, _ANSWER_SECONDS)))
+            return session.get(url, params=_AS_JSON, timeout=(timeout, max(timeout, _ANSWER_SECONDS)))
         except requests.RequestException as error:
             if time.monotonic() + 1 >= deadline:
                 raise ConnectionError(

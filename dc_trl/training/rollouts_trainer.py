@@ -19,6 +19,7 @@ from dc_trl.rollouts.sync_rounding import rounding_in_force
 from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.one_rounding import one_rounding
 from dc_trl.training.replay_trainer import RouterReplayTrainer
+from dc_trl.training.scoring_device import check_scoring_device
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +44,7 @@ class RolloutsTrainer(RouterReplayTrainer):
         hidden = temporary_attributes(args, use_vllm=args.use_vllm and not engine.is_ours)
         with hidden, engine.construction(args):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        check_scoring_device(self.accelerator.device)
         if engine.is_ours:
             self.use_vllm = True
             self.vllm_mode = args.vllm_mode if args.use_vllm else "transformers"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding: cache and attention equal those of transformers, and what is dropped changes nothing."""
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dc_trl.rollouts import transformers as engine_module
-from dc_trl.rollouts.decoding import SHARED_KEYS_ATTENTION, RoomyLayer, give_room, keep_rows, shared_keys_attention
+from dc_trl.rollouts.decoding import (
+    SHARED_KEYS_ATTENTION,
+    RoomyLayer,
+    cache_name,
+    give_room,
+    keep_rows,
+    shared_keys_attention,
+)
 from dc_trl.rollouts.transformers import is_drop_due
 
 PROMPTS = [[5 + i % 3] * (1 + i % 5) for i in range(48)]
@@ -81,10 +89,22 @@ def test_room_is_made_seldom_and_never_beyond_the_most() -> None:
     assert layer.keys.shape[-2] == 101
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_goes_by_the_name_that_the_forward_has(name: str) -> None:
+    class Model(torch.nn.Module):
+        exec(f"def forward(self, input_ids, {name}=None, **kwargs): ...")
+
+    model = Model()
+    assert cache_name(model) == name
+    # TRL wraps the forward, and keeps its signature.
+    model.forward = functools.wraps(model.forward)(lambda *args, **kwargs: None)
+    assert cache_name(model) == name
+
+
 def test_layers_of_other_kinds_stay() -> None:
     model = build_model("gemma3_text")
     with torch.no_grad():
-        cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+        cache = getattr(model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True), cache_name(model))
     kinds = [type(layer) for layer in cache.layers]
     give_room(cache, 50)
     assert [type(layer) for layer in cache.layers] == [

@@ -131,6 +131,29 @@ def test_without_constraint_they_are_trls_business_but_not_the_in_process_engine
         build_engine(build_model("qwen3"), generation_kwargs={name: value})
 
 
+@pytest.mark.parametrize("name", ["top_p", "top_k", "min_p"])
+@pytest.mark.parametrize(
+    ("installed", "words"),
+    [
+        ("1.15.0", "TRL 1.15.0 scores under the whole softmax; it corrects for truncation from 1.17 on"),
+        ("1.16.1", "TRL 1.16.1 scores under the whole softmax"),
+        ("1.17.0.dev0", "TRL 1.17.0.dev0 corrects its importance sampling for that, but no constraint was tried"),
+        ("2.0.0", "TRL 2.0.0 corrects"),
+    ],
+)
+def test_the_reason_against_truncation_is_that_of_the_installed_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, installed: str, words: str
+) -> None:
+    monkeypatch.setattr("dc_trl.rollouts.sampling_options.version", {"trl": installed}.__getitem__)
+    for engine in ({}, {"use_vllm": True}):
+        with pytest.raises(ValueError, match=rf"`{name}`.*{words}.*constraint='none'"):
+            config(tmp_path, **{name: HARMFUL[name]}, **engine)
+        assert config(tmp_path, constraint="none", **{name: HARMFUL[name]}, **engine)
+    with pytest.raises(ValueError, match=f"`{name}`") as error:
+        config(tmp_path, rollout_backend="transformers", **{name: HARMFUL[name]})
+    assert "TRL 1" not in str(error.value) and "TRL 2" not in str(error.value)
+
+
 @pytest.mark.parametrize(("name", "value"), FREE.items())
 def test_what_ends_or_seeds_a_completion_passes_on_vllm_alone(tmp_path: Path, name: str, value: Any) -> None:
     for engine in ({}, {"use_vllm": True}):

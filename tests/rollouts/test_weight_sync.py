@@ -31,6 +31,7 @@ from dc_trl.rollouts.vllm_server import (
     check_reloadable,
     explain_failure,
     reload_weights,
+    server_configuration,
 )
 from dc_trl.rollouts.weights import iter_policy_weights
 
@@ -155,13 +156,17 @@ def test_a_server_with_other_log_probs_is_refused(stub: Stub, mode: str) -> None
     stub.answers["/server_info"] = (200, {"vllm_config": {"model_config": {"logprobs_mode": mode}}})
     with pytest.raises(ValueError, match=f"{mode}.*--logprobs-mode processed_logprobs"):
         check_logprobs_mode(stub.url, timeout=2)
-    stub.answers["/server_info"] = (200, {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}})
+    model_config = {"logprobs_mode": "processed_logprobs", "dtype": "torch.bfloat16"}
+    stub.answers["/server_info"] = (200, {"vllm_config": {"model_config": model_config}})
     check_logprobs_mode(stub.url + "/", timeout=2)
+    assert server_configuration(session(), stub.url)["model_config"] == model_config
 
 
 def test_a_server_without_development_endpoints_is_refused(stub: Stub) -> None:
     with pytest.raises(ValueError, match="404.*VLLM_SERVER_DEV_MODE=1"):
         check_logprobs_mode(stub.url, timeout=2)
+    with pytest.raises(ValueError, match="404.*VLLM_SERVER_DEV_MODE=1"):
+        server_configuration(session(), stub.url)
     with pytest.raises(RuntimeError, match="404.*VLLM_SERVER_DEV_MODE=1"):
         reload_weights(session(), stub.url, Path("/checkpoint"))
 

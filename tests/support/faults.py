@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dc_trl import DCGRPOTrainer
+from dc_trl.rollouts.decoding import cache_name
 
 Fault = Callable[[DCGRPOTrainer], None]
 
@@ -56,8 +57,8 @@ def stale_prefix_cache(trainer: DCGRPOTrainer) -> None:
             input_ids=torch.tensor([[prompt[-1]] for prompt in prompts]),
             attention_mask=batch.mask[:, : batch.width],
             position_ids=batch.lengths[:, None] - 1,
-            past_key_values=batch.cache,
             use_cache=True,
+            **{cache_name(current): batch.cache},
         ).logits[:, -1]
         return batch
 

@@ -48,6 +48,7 @@ EXPRESSIONS = {
     "trainer.vllm_generation": "VLLMGeneration",
     "self.vllm_generation": "VLLMGeneration",
     "self.vllm_client": "VLLMClient",
+    "client": "VLLMClient",
     "backend": "DistributedBackend",
     "accelerator": "Accelerator",
     "self.accelerator": "Accelerator",

@@ -92,13 +92,12 @@ SEAMS = {
         "temperature",
         "vllm_client",
     },
-    "VLLMClient": {"_get", "_post", "base_url", "check_server", "get_server_info", "session"},
+    "VLLMClient": {"_get", "_post", "base_url", "check_server", "session"},
     "DistributedBackend": {"fsdp_version", "gather_params", "is_zero3"},
     "TrlParser": {"_actions"},
     ELSEWHERE: {
         "_buffers",
         "_can_set_attn_implementation",
-        "_commit_hash",
         "_modules",
         "_name_or_path",
         "_non_persistent_buffers_set",
@@ -148,7 +147,7 @@ def test_what_lies_elsewhere_is_there() -> None:
     optimizer = torch.optim.SGD(module.parameters())
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer)
     chained = torch.optim.lr_scheduler.ChainedScheduler([constant])
-    assert config._name_or_path == "" and config._commit_hash is None
+    assert config._name_or_path == ""
     assert module._non_persistent_buffers_set == set()
     assert module._buffers == {} and nn.Sequential(module)._modules == {"0": module}
     assert callable(PreTrainedModel._can_set_attn_implementation)

@@ -101,7 +101,7 @@ class Recording:
 def scoring_temperature(trainer: Any, temperature: float) -> Iterator[None]:
     """While this is open, the trainer's forward scores at this temperature.
 
-    Seam of TRL 1.16: `add_fused_lm_head` binds the temperature to the model's `forward`, so that is replaced.
+    Seam of TRL: `add_fused_lm_head` binds the temperature to the model's `forward`, so that is replaced.
     """
     model: Any = plain_model(trainer.model, trainer.accelerator)
     before = model.forward

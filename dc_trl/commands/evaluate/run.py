@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from dc_trl.commands.evaluate.benchmarks import Benchmark, Problem, load_problems, short_hash
 from dc_trl.commands.evaluate.engines import Engine, Sampling, TransformersEngine
 from dc_trl.commands.evaluate.sampling import Judge, SampleFile, planned_draws, sample_benchmark
@@ -117,7 +119,7 @@ class Evaluation:
             "top_p": args.top_p,
             "seed": args.seed,
             "model": None if Path(model).is_dir() else model,
-            "weights": weights_identity(model, self.config),
+            "weights": weights_identity(model, args.model_revision),
             "engine": self.engine.name,
             "precision": self.engine.precision,
             "options": self.engine.options,
@@ -201,10 +203,15 @@ def load_judge() -> Judge:
     return judge
 
 
-def weights_identity(model: str, config: Any) -> str | None:
-    """What tells two states of a model apart: a Hub model's commit, a directory's files with sizes and times."""
+def weights_identity(model: str, revision: str | None = None) -> str | None:
+    """What tells two states of a model apart: a Hub model's commit, a directory's files with sizes and times.
+
+    The commit is that of the configuration in the Hub's cache, loaded before. None where there is none.
+    """
     if not Path(model).is_dir():
-        return getattr(config, "_commit_hash", None)
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        # The cache keeps a file as snapshots/COMMIT/name.
+        return Path(cached).parent.name if isinstance(cached, str) else None
     files = sorted(Path(model).iterdir())
     kept = [path for path in files if path.suffix in (".safetensors", ".bin") or path.name in _MODEL_FILES]
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in kept]

@@ -16,6 +16,7 @@ from tiny import save_tiny_policy
 
 from dc_trl.commands.evaluate.benchmarks import Benchmark, load_problems
 from dc_trl.commands.evaluate.engines import Completion, Request
+from dc_trl.commands.evaluate.run import weights_identity
 from dc_trl.commands.evaluate.sampling import SampleFile, planned_draws
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.results import read_results
@@ -75,6 +76,21 @@ def test_other_settings_are_never_mixed(engine: KnownEngine, change: str) -> Non
     assert len(engine.seen) == 24
     assert len(sample_files()) == 2 and set(first) < set(sample_files())
     assert len(read_results("policy")) == 2
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_a_hub_models_weights_go_by_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert weights_identity("me/policy", revision) is None
+    # As the Hub's client keeps a model that moved on: a folder a commit, and what each name stands for.
+    for commit, name in ((40 * "a", "main"), (40 * "b", "v2")):
+        for path, text in ((f"snapshots/{commit}/config.json", "{}"), (f"refs/{name}", commit)):
+            file = tmp_path / "models--me--policy" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+    assert weights_identity("me/policy", revision) == 40 * ("a" if revision is None else "b")
 
 
 def test_equal_problems_are_drawn_independently(policy: Path) -> None:
