@@ -242,123 +242,43 @@ FORMS = (
     ),
 )
 
+_DIFFERENT = (
+    ("a temperature of 1.3 ends higher than 1", f"{DC}, figure 2", "temperature-1.3", "plain"),
+    ("a temperature of 1 ends higher than 0.7", f"{DC}, figure 2", "plain", "temperature-0.7"),
+    ("|π − μ| as the penalty beats the ratio", f"{DC}, figure 2", "dc-alone", "dc-ratio"),
+    ("|π − μ| as the penalty beats log-probs", f"{DC}, figure 2", "dc-alone", "dc-logprob"),
+    ("a penalty by token beats one by sequence", f"{DC}, §4", "dc-alone", "dc-sequence"),
+    ("Dual-GRPO ends higher than GRPO", f"{DC}, §4", "dual", "plain"),
+    ("a threshold beats Dual-GRPO", f"{DC}, figure 3", "threshold", "dual"),
+    ("DC-GRPO beats the threshold", f"{DC}, figure 3", "dc-alone", "threshold"),
+    ("half the tolerance does worse", f"{DC}, table 5", "dc-alone", "dc-slack-0.6"),
+    ("twice the tolerance does worse", f"{DC}, table 5", "dc-alone", "dc-slack-2.5"),
+    ("a tenth of the rate ends higher", f"{DECAY}, figure 4", "rate-tenth", "plain"),
+    ("a fortieth of the problems ends lower", f"{DECAY}, figure 5", "plain", "data-fortieth"),
+    ("a decay that comes early ends lower", f"{DECAY}, figures 9 and 10", "decay", "decay-early"),
+    ("a decay that comes late ends lower", f"{DECAY}, figures 9 and 10", "decay", "decay-late"),
+    ("length-decay adds to MIS", f"{DECAY}, figure 11", "decay-mis", "mis-token"),
+    ("length-decay adds to an fp16 sampler", f"{DECAY}, figure 13", "fp16-decay", "fp16"),
+    ("DC-GRPO adds to length-decay", "both", "decay-dc", "decay"),
+)
+_EQUAL = (
+    ("λ0 of 0.05 does as well as 0.1", f"{DC}, table 3", "dc-init-0.05", "dc-alone"),
+    ("λ0 of 0.2 does as well as 0.1", f"{DC}, table 3", "dc-init-0.2", "dc-alone"),
+    ("a dual rate of 0.5 does as well as 1", f"{DC}, table 4", "dc-dual-lr-0.5", "dc-alone"),
+    ("a dual rate of 1.5 does as well as 1", f"{DC}, table 4", "dc-dual-lr-1.5", "dc-alone"),
+    ("a quarter of the problems ends no differently", f"{DECAY}, figure 5", "data-quarter", "plain"),
+    ("an fp16 sampler alone does not end higher", f"{DECAY}, figure 13", "fp16", "plain"),
+)
+
 CLAIMS = (
-    Claim(
-        "claims",
-        "a temperature of 1.3 ends higher than 1",
-        f"{DC}, figure 2",
-        _accuracy(STRESSED, "temperature-1.3", "plain"),
-    ),
-    Claim(
-        "claims",
-        "a temperature of 1 ends higher than 0.7",
-        f"{DC}, figure 2",
-        _accuracy(STRESSED, "plain", "temperature-0.7"),
-    ),
-    Claim(
-        "claims",
-        "|π − μ| as the penalty beats the ratio",
-        f"{DC}, figure 2",
-        _accuracy(STRESSED, "dc-alone", "dc-ratio"),
-    ),
-    Claim(
-        "claims",
-        "|π − μ| as the penalty beats log-probs",
-        f"{DC}, figure 2",
-        _accuracy(STRESSED, "dc-alone", "dc-logprob"),
-    ),
-    Claim(
-        "claims",
-        "a penalty by token beats one by sequence",
-        f"{DC}, §4",
-        _accuracy(STRESSED, "dc-alone", "dc-sequence"),
-    ),
-    Claim("claims", "Dual-GRPO ends higher than GRPO", f"{DC}, §4", _accuracy(STRESSED, "dual", "plain")),
-    Claim("claims", "a threshold beats Dual-GRPO", f"{DC}, figure 3", _accuracy(STRESSED, "threshold", "dual")),
-    Claim("claims", "DC-GRPO beats the threshold", f"{DC}, figure 3", _accuracy(STRESSED, "dc-alone", "threshold")),
-    Claim(
-        "claims",
-        "λ0 of 0.05 does as well as 0.1",
-        f"{DC}, table 3",
-        _accuracy(STRESSED, "dc-init-0.05", "dc-alone"),
-        True,
-    ),
-    Claim(
-        "claims",
-        "λ0 of 0.2 does as well as 0.1",
-        f"{DC}, table 3",
-        _accuracy(STRESSED, "dc-init-0.2", "dc-alone"),
-        True,
-    ),
-    Claim(
-        "claims",
-        "a dual rate of 0.5 does as well as 1",
-        f"{DC}, table 4",
-        _accuracy(STRESSED, "dc-dual-lr-0.5", "dc-alone"),
-        True,
-    ),
-    Claim(
-        "claims",
-        "a dual rate of 1.5 does as well as 1",
-        f"{DC}, table 4",
-        _accuracy(STRESSED, "dc-dual-lr-1.5", "dc-alone"),
-        True,
-    ),
-    Claim(
-        "claims", "half the tolerance does worse", f"{DC}, table 5", _accuracy(STRESSED, "dc-alone", "dc-slack-0.6")
-    ),
-    Claim(
-        "claims", "twice the tolerance does worse", f"{DC}, table 5", _accuracy(STRESSED, "dc-alone", "dc-slack-2.5")
-    ),
-    Claim(
-        "claims", "a tenth of the rate ends higher", f"{DECAY}, figure 4", _accuracy(STRESSED, "rate-tenth", "plain")
-    ),
+    *(Claim("claims", text, source, _accuracy(STRESSED, left, right)) for text, source, left, right in _DIFFERENT),
+    *(Claim("claims", text, source, _accuracy(STRESSED, left, right), True) for text, source, left, right in _EQUAL),
     Claim(
         "claims",
         "at a tenth of the rate the discrepancy is smaller",
         f"{DECAY}, figure 4",
         _discrepancy(STRESSED, "plain", "rate-tenth"),
     ),
-    Claim(
-        "claims",
-        "a quarter of the problems ends no differently",
-        f"{DECAY}, figure 5",
-        _accuracy(STRESSED, "data-quarter", "plain"),
-        True,
-    ),
-    Claim(
-        "claims",
-        "a fortieth of the problems ends lower",
-        f"{DECAY}, figure 5",
-        _accuracy(STRESSED, "plain", "data-fortieth"),
-    ),
-    Claim(
-        "claims",
-        "a decay that comes early ends lower",
-        f"{DECAY}, figures 9 and 10",
-        _accuracy(STRESSED, "decay", "decay-early"),
-    ),
-    Claim(
-        "claims",
-        "a decay that comes late ends lower",
-        f"{DECAY}, figures 9 and 10",
-        _accuracy(STRESSED, "decay", "decay-late"),
-    ),
-    Claim("claims", "length-decay adds to MIS", f"{DECAY}, figure 11", _accuracy(STRESSED, "decay-mis", "mis-token")),
-    Claim(
-        "claims",
-        "an fp16 sampler alone does not end higher",
-        f"{DECAY}, figure 13",
-        _accuracy(STRESSED, "fp16", "plain"),
-        True,
-    ),
-    Claim(
-        "claims",
-        "length-decay adds to an fp16 sampler",
-        f"{DECAY}, figure 13",
-        _accuracy(STRESSED, "fp16-decay", "fp16"),
-    ),
-    Claim("claims", "DC-GRPO adds to length-decay", "both", _accuracy(STRESSED, "decay-dc", "decay")),
     Claim("claims", "calm: DC-GRPO ends higher than plain GRPO", f"{DC}, table 2", _accuracy(CALM, "dc", "plain")),
     Claim("claims", "calm: DC-GRPO with TIS ends higher than TIS", "", _accuracy(CALM, "dc", "tis")),
 )

@@ -77,7 +77,8 @@ def _first_page(lines: Sequence[Line], theory: Sequence[Line]) -> str:
 def _row(claim: Claim, lines: Sequence[Line], source: bool = True) -> str:
     found = compare(lines, claim.comparison)
     word = verdict(found, claim.comparison.margin, claim.equal)
-    cells = [claim.text, *([claim.source] if source else []), f"**{word}**", difference(found, claim.comparison.log)]
+    text = claim.text.replace("|", "\\|")  # which would end a cell
+    cells = [text, *([claim.source] if source else []), f"**{word}**", difference(found, claim.comparison.log)]
     return f"| {' | '.join(cells)} | {found.n} |"
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from papers.blocks import BLOCKS, Block
+from papers.stack import Stack
 
 WARMUP_STEPS = 20
 ROLLOUTS = 3
@@ -24,7 +25,7 @@ def _batch(updates: int) -> int:
     return max(BATCH, 8 * updates)
 
 
-def smoke(folder: Path, only: Sequence[str] = (), jobs: int = 1) -> None:
+def smoke(folder: Path, only: Sequence[str] = (), jobs: int = 1, stack: Stack | None = None) -> None:
     """Runs every arm of the blocks once.
 
     Raises:
@@ -40,5 +41,5 @@ def smoke(folder: Path, only: Sequence[str] = (), jobs: int = 1) -> None:
         if not only or block.name in only
         for regime, arm in block.runs
     ]
-    do(todo, folder / "results", folder / "starts", jobs, warmup_steps=WARMUP_STEPS)
+    do(todo, folder / "results", folder / "starts", jobs, warmup_steps=WARMUP_STEPS, stack=stack)
     print(f"{len(todo)} runs in {(time.time() - started) / 60:.1f} minutes; nothing is kept")

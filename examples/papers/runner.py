@@ -19,6 +19,7 @@ from papers import results_file
 from papers.blocks import BLOCKS, Block, planned
 from papers.results_file import Run
 from papers.setups import Arm, Regime
+from papers.stack import Stack
 from papers.start import WARMUP_STEPS
 
 FAILED = 3  # failures after which the runner gives up
@@ -39,12 +40,18 @@ class Todo(NamedTuple):
 
 
 def run_all(
-    results: Path, starts: Path, only: Sequence[str], seeds: Sequence[int], jobs: int, until: float | None
+    results: Path,
+    starts: Path,
+    only: Sequence[str],
+    seeds: Sequence[int],
+    jobs: int,
+    until: float | None,
+    stack: Stack | None = None,
 ) -> None:
     """Does what has no line yet; arguments as for `do`, of the blocks in `only`, or of all."""
     known = {results_file.run_of(line) for line in lines(results)}
     todo = [run for run in map(Todo._make, planned(only, seeds)) if run.run not in known]
-    do(todo, results, starts, jobs, until)
+    do(todo, results, starts, jobs, until, stack=stack)
 
 
 def do(
@@ -54,6 +61,7 @@ def do(
     jobs: int = 1,
     until: float | None = None,
     warmup_steps: int = WARMUP_STEPS,
+    stack: Stack | None = None,
 ) -> None:
     """Does runs in their order.
 
@@ -64,6 +72,7 @@ def do(
         jobs: runs at a time. Several may not share a seed whose warm-up is still to be done.
         until: time after which no run is started, as of `time.time`; None for none.
         warmup_steps: of the warm-up.
+        stack: another model or engine than the demo's.
 
     Raises:
         RuntimeError: if several runs failed, or one that was the last.
@@ -81,7 +90,7 @@ def do(
             waiting = []
         while waiting and len(going) < jobs:
             run = waiting.pop(0)
-            process = context.Process(target=_do, args=(run, results, starts, commit, warmup_steps))
+            process = context.Process(target=_do, args=(run, results, starts, commit, warmup_steps, stack))
             process.start()
             going.append((process, run, time.time()))
         time.sleep(0.1)
@@ -96,11 +105,11 @@ def _report(process: BaseProcess, run: Todo, began: float) -> bool:
     return process.exitcode != 0
 
 
-def _do(run: Todo, results: Path, starts: Path, commit: str, warmup_steps: int) -> None:
+def _do(run: Todo, results: Path, starts: Path, commit: str, warmup_steps: int, stack: Stack | None) -> None:
     from papers.training import train
 
     try:
-        line = train(run.regime, run.arm, run.seed, starts, warmup_steps)
+        line = train(run.regime, run.arm, run.seed, starts, warmup_steps, stack)
         results_file.add(_file(results, run.block.name), line | {"block": run.block.name, "commit": commit})
     except Exception:
         traceback.print_exc()

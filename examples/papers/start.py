@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from demo_task import build_policy, build_tokenizer, make_problems, warm_up
-from transformers import PreTrainedModel, Qwen3ForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from dc_trl.rollouts.quantization import fake_quantize, quantizable_parameters
 
@@ -47,14 +47,14 @@ def warm_start(seed: int, folder: Path, steps: int = WARMUP_STEPS) -> Path:
     return kept
 
 
-def load_policy(folder: Path, grid: str | None) -> Any:
+def load_policy(folder: Path | str, grid: str | None) -> Any:
     """The policy of a folder in float32, its weights rounded to a grid, as a published checkpoint's are.
 
     Args:
         folder: of `warm_start`, or any causal model's.
         grid: `"bf16"`, `"fp8"` (the weights inside the blocks, one scale per output channel), or None.
     """
-    policy = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if grid is not None:
         round_to_grid(policy, grid)
     return policy

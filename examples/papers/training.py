@@ -12,32 +12,43 @@ import demo_quiet  # noqa: F401 (silences the imports below)
 import torch
 from datasets import Dataset
 from demo_task import SumReward
-from quickstart import evaluate
+from quickstart import evaluate, prompts_for
 from transformers import AutoTokenizer, PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
 from papers.outcomes import curves, outcomes
 from papers.setups import GROUP, Arm, Regime
+from papers.stack import Stack
 from papers.start import WARMUP_STEPS, held_out_problems, load_policy, training_problems, warm_start
 
 
-def train(regime: Regime, arm: Arm, seed: int, starts: Path, warmup_steps: int = WARMUP_STEPS) -> dict[str, Any]:
+def train(
+    regime: Regime,
+    arm: Arm,
+    seed: int,
+    starts: Path,
+    warmup_steps: int = WARMUP_STEPS,
+    stack: Stack | None = None,
+) -> dict[str, Any]:
     """The finished run as it is written down: its name, its outcomes, its curves, and what it ran on.
 
     Args:
         regime, arm, seed: what the run is.
         starts: folder of the warmed-up policies.
         warmup_steps: of the warm-up, where it has not been done yet.
+        stack: another model or engine than the demo's.
     """
-    torch.set_num_threads(1)
+    stack = stack or Stack()
+    torch.set_num_threads(1 if stack.model is None else torch.get_num_threads())
     disable_progress_bar()
     started = time.perf_counter()
-    folder = warm_start(seed, starts, warmup_steps)
+    policy = stack.model or str(warm_start(seed, starts, warmup_steps))
     warmed = time.perf_counter()
+    options = stack.options(regime.options | arm.options_in(regime), regime.learning_rate)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = build_trainer(regime, arm, seed, folder, scratch)
-        problems = held_out_problems(seed)
+        trainer = build_trainer(regime, arm, seed, policy, options | {"output_dir": scratch}, stack)
+        problems = prompts(held_out_problems(seed), trainer.processing_class, stack)
         before = evaluate(trainer, problems, seed)
         trainer.train()
         after = evaluate(trainer, problems, seed)
@@ -48,7 +59,8 @@ def train(regime: Regime, arm: Arm, seed: int, starts: Path, warmup_steps: int =
         "regime": regime.name,
         "arm": arm.name,
         "seed": seed,
-        "options": regime.options | arm.options_in(regime),
+        **({} if stack.model is None else {"model": stack.model, "engine": stack.engine}),
+        "options": options,
         "outcomes": outcomes(log) | ended,
         "curves": curves(log),
         "seconds": round(time.perf_counter() - warmed, 1),
@@ -58,15 +70,22 @@ def train(regime: Regime, arm: Arm, seed: int, starts: Path, warmup_steps: int =
     }
 
 
-def build_trainer(regime: Regime, arm: Arm, seed: int, folder: Path, scratch: str) -> DCGRPOTrainer:
+def build_trainer(
+    regime: Regime, arm: Arm, seed: int, policy: str, options: dict[str, Any], stack: Stack
+) -> DCGRPOTrainer:
     """The trainer of a run, as any user would build it from the library's public options."""
     set_seed(seed)
-    config = DCGRPOConfig(output_dir=scratch, seed=seed, **(regime.options | arm.options_in(regime)))
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    config = DCGRPOConfig(seed=seed, **options)
+    tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
     count = round(arm.data * regime.rollouts * regime.batch / GROUP)
-    problems = Dataset.from_list(training_problems(seed, count))
-    policy = load_policy(folder, regime.grid)
+    problems = Dataset.from_list(prompts(training_problems(seed, count), tokenizer, stack))
     kind = arm.trainer or DCGRPOTrainer
-    trainer = kind(policy, SumReward(), config, problems, processing_class=tokenizer)
+    model = load_policy(policy, regime.grid)
+    trainer = kind(model, SumReward(), config, problems, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def prompts(problems: list[dict[str, str]], tokenizer: Any, stack: Stack) -> list[dict[str, Any]]:
+    """The problems as the stack's model needs them."""
+    return prompts_for(problems, pretrained=stack.model is not None, chat=tokenizer.chat_template is not None)
