@@ -155,7 +155,7 @@ def _round_piece(out: Tensor, values: Tensor, steps: Tensor) -> None:
         out.copy_(bits.bitwise_and_(-NOISE_STEPS).view(torch.float32))
     else:
         # Scaled so that float32's subnormal numbers, whose steps are equal, lie where float16's do. 13 bits are cut
-        # off, and as many of u are added.
+        # off, and as many of u are added. (With `torch.set_flush_denormal(True)`, weights below 2^-14 become 0.)
         bits = (values * _TO_SUBNORMAL).view(torch.int32).add_(steps.bitwise_right_shift(3).bitwise_or_(1))
         out.copy_(bits.bitwise_and_(-(1 << 13)).view(torch.float32).mul_(1 / _TO_SUBNORMAL))
     # Where looking would stall the device, the values out of range are always mended, elsewhere only if there are any.
