@@ -124,7 +124,10 @@ def test_no_score_for_a_table_of_nothing() -> None:
         (["--max_tokens", "1e3"], "1e3 is not a positive whole number"),
         (["--model_name_or_path", "adapter"], "adapter holds a PEFT adapter, not a whole model: merge it"),
         (["--model_name_or_path", "bare"], "write it into chat_template.jinja"),
-        (["--engine", "transformers", "--model_name_or_path", "strict"], "chat template does not take problem 0: alternate!"),
+        (
+            ["--engine", "transformers", "--model_name_or_path", "strict"],
+            "chat template does not take problem 0: alternate!",
+        ),
         (["--vllm_engine_kwargs", "{"], "is not JSON"),
         (["--vllm_engine_kwargs", "[]"], "must be a JSON mapping"),
         (["--vllm_engine_kwargs", DEEP], "is not JSON (nested deeper than 100 levels)"),
