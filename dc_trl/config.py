@@ -13,6 +13,7 @@ from dc_trl.discrepancy import DISCREPANCY_METRICS
 from dc_trl.estimators import combinations
 from dc_trl.estimators.drpo import DRPO_LIMIT, check_limit
 from dc_trl.estimators.ess_rate import check_fraction
+from dc_trl.estimators.gradient_guard import check_guard, check_patience
 from dc_trl.estimators.importance import CORRECTIONS, DRPO
 from dc_trl.estimators.penalty_form import CONSTRAINT_SCALES, PENALTY_HORIZONS, check_penalty_form
 from dc_trl.estimators.rejection import RULES, resolve_bounds
@@ -118,6 +119,13 @@ class DCGRPOConfig(GRPOConfig):
     ess_rate: bool = _option(False, "Scale each update's learning rate by √ESS of its rollouts (2602.17616).")
     ess_rate_reference: float = _option(1.0, "ESS, `dc/ess`, at which the rate is whole; the authors' code's.")
     ess_rate_min_scale: float = _option(0.1, "Floor of that scale. Our value.")
+
+    gradient_guard: float | None = _option(
+        None,
+        "Leave out an optimizer step whose gradient norm, before clipping, is not finite or above this multiple of "
+        "the median of the last 32, and write it to `output_dir/skipped.jsonl`; `inf`: if it is not finite alone.",
+    )
+    gradient_guard_patience: int = _option(5, "Steps left out in a row at which the guard ends the run. Our value.")
 
     advantage_estimator: str = _option(
         "grpo", "`grpo`: TRL's normalisation; `rloo`: leave-one-out baseline, not scaled.", choices=["grpo", "rloo"]
@@ -237,6 +245,7 @@ class DCGRPOConfig(GRPOConfig):
         if self.constraint != "none":
             combinations.check_penalty(self)
             check_penalty_form(self)
+        self._check_guard()
 
     def _check_rejection(self) -> None:
         self.rejection = [self.rejection] if isinstance(self.rejection, str) else list(self.rejection or [])
@@ -290,6 +299,12 @@ class DCGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`length_surge_ratio` is {self.length_surge_ratio}: a surge is growth, so it exceeds 1. Use e.g. 3."
             )
+
+    def _check_guard(self) -> None:
+        check_patience(self.gradient_guard_patience, "gradient_guard_patience")
+        if self.gradient_guard is not None:
+            check_guard(self.gradient_guard, "gradient_guard")
+            combinations.check_guarding(self)
 
     def _check_rollouts(self) -> None:
         self._engine.check_config(self)

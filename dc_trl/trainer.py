@@ -49,6 +49,7 @@ class DCGRPOTrainer(SavingTrainer):
       advantages of other estimators
     - `_calculate_rewards`, `_prepare_inputs`, `_buffered_inputs`, `_logs`: rewards and micro-batches, for these (in
       `GroupEstimatorsTrainer`)
+    - `reward_funcs`, `reward_func_names`: what reward functions return is checked
     - `_compute_loss`, `_get_per_token_logps_and_entropies`: while the loss is computed, the log-probs of its forward
       are π, from which penalty and importance ratio are filled in between forward and loss. It reads `advantages`,
       (B,) or (B, T), and `importance_sampling_ratio` after that forward. A ragged batch takes one forward for each of
@@ -56,6 +57,7 @@ class DCGRPOTrainer(SavingTrainer):
     - `training_step`, `evaluation_loop`, `_step`, `_metrics`: where a generation batch, or an evaluation, ends;
       the end of the first is also that of the backward, up to which router replay holds, and after the last of which
       rejection settles what the loss is divided by
+    - `_get_grad_norm`: the gradient guard, before the optimizer steps
     - `create_optimizer`, `optimizer`: float32 masters of weights in bf16, where trainer and sampler share one rounding
     - `train`, `_load_best_model`: where the engine's weights, `_last_loaded_step`, and what it sampled, `_step` and
       `_buffered_inputs`, are no longer current

@@ -9,6 +9,19 @@ from typing import Any
 
 from dc_trl.estimators.rejection.normaliser import MICRO_BATCH_MEAN_LOSSES, SEQUENCE_MEAN_LOSSES
 
+# Optimizers that have stepped, layer by layer, when the backward ends; and those that move weights without a gradient.
+_STEP_IN_BACKWARD = ("lomo", "layerwise")
+_MOVES_WITHOUT_GRADIENT = ("schedule_free",)
+
+
+def _optim(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def steps_in_backward(args: Any) -> bool:
+    """Whether the optimizer has stepped when the backward ends."""
+    return any(word in _optim(args) for word in _STEP_IN_BACKWARD)
+
 
 def refuse(args: Any, refused: Mapping[str, tuple[bool, str, str | None]], beside: str, instead: str) -> None:
     """Refuses the first of these fields that applies.
@@ -88,3 +101,18 @@ def check_drpo(args: Any) -> None:
         ),
     }
     refuse(args, refused, "`vllm_importance_sampling_mode='drpo'`", "another mode, such as 'token_truncate'")
+
+
+def check_guarding(args: Any) -> None:
+    """Optimizers whose step cannot be left out when the gradient norm is known."""
+    unmoved = any(word in _optim(args) for word in _MOVES_WITHOUT_GRADIENT)
+    refused = {
+        "optim": (
+            steps_in_backward(args) or unmoved,
+            "it averages weights in steps without a gradient too"
+            if unmoved
+            else "it steps within the backward, before the gradient norm is known",
+            "another optimizer, such as 'adamw_torch_fused'",
+        ),
+    }
+    refuse(args, refused, f"`gradient_guard={args.gradient_guard}`", "leave `gradient_guard` unset")

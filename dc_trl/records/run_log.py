@@ -27,6 +27,8 @@ logger = logging.get_logger(__name__)
 
 LOG_FILE = "log.jsonl"
 STATE_FILE = "trainer_state.json"
+SKIPPED_FILE = "skipped.jsonl"
+"""The optimizer steps that the gradient guard left out."""
 
 LARGEST_DRAWN = 1e100
 """Size up to which values are drawn. Near what a float can hold, the ends of an axis or of a band overflow."""
@@ -81,9 +83,9 @@ def shown_settings(args: Any, names: Iterable[str]) -> dict[str, Any]:
 class RunLogCallback(TrainerCallback):
     """Appends every log entry to `output_dir/log.jsonl`, from the main process, with any transformers trainer.
 
-    A run that starts from step 0 has the log to itself: what an earlier run left in the directory, `log.jsonl` and the
-    `tokens` beside it, is set aside under the first free names, `log-1.jsonl` and `tokens-1`. A resumed run goes on
-    with them. What this trainer evaluated before it starts to train belongs to its run.
+    A run that starts from step 0 has the log to itself: what an earlier run left in the directory, `log.jsonl`, and
+    `tokens` and `skipped.jsonl` beside it, is set aside under the first free names, such as `log-1.jsonl`. A resumed
+    run goes on with them. What this trainer evaluated before it starts to train belongs to its run.
 
     Args:
         facts: of the run, beyond its settings, for the line of each start; values of JSON's types.
@@ -132,12 +134,12 @@ def _set_aside(folder: Path, own_from: int | None) -> None:
         folder: the output directory.
         own_from: bytes of the log that are the earlier run's; None: all of them.
     """
-    log, tokens = folder / LOG_FILE, folder / TOKENS
+    log, tokens, skipped = (folder / name for name in (LOG_FILE, TOKENS, SKIPPED_FILE))
     content = log.read_bytes() if log.is_file() else b""
     earlier, own = (content, b"") if own_from is None else (content[:own_from], content[own_from:])
     moved = []
     number = next(n for n in count(1) if not any(path.exists() for path in _numbered(folder, n)))
-    log_aside, tokens_aside = _numbered(folder, number)
+    log_aside, tokens_aside, skipped_aside = _numbered(folder, number)
     if earlier:
         write_whole(log_aside, earlier)
         write_whole(log, own)
@@ -145,14 +147,19 @@ def _set_aside(folder: Path, own_from: int | None) -> None:
     if any(tokens.glob("*.parquet")):
         tokens.rename(tokens_aside)
         moved.append(tokens_aside.name)
+    if skipped.is_file():
+        skipped.rename(skipped_aside)
+        moved.append(skipped_aside.name)
     if moved:
         logger.warning("%s holds the log of an earlier run, which is now %s.", terminal(folder), " and ".join(moved))
 
 
-def _numbered(folder: Path, number: int) -> tuple[Path, Path]:
-    """The names of a log and of token logs that were set aside."""
-    log = Path(LOG_FILE)
-    return folder / f"{log.stem}-{number}{log.suffix}", folder / f"{TOKENS}-{number}"
+def _numbered(folder: Path, number: int) -> tuple[Path, Path, Path]:
+    """The names of a log, of token logs and of skipped steps that were set aside."""
+    log, tokens, skipped = (Path(name) for name in (LOG_FILE, TOKENS, SKIPPED_FILE))
+    names = (f"{path.stem}-{number}{path.suffix}" for path in (log, tokens, skipped))
+    first, second, third = (folder / name for name in names)
+    return first, second, third
 
 
 @dataclass

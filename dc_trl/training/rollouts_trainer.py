@@ -20,6 +20,7 @@ from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.one_rounding import one_rounding
 from dc_trl.training.replay_trainer import RouterReplayTrainer
 from dc_trl.training.scoring_device import check_scoring_device
+from dc_trl.training.unused import unused_notices
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +54,7 @@ class RolloutsTrainer(RouterReplayTrainer):
         self._one_rounding = one_rounding(args, self.model, self.accelerator)
         if self.use_vllm:
             self.vllm_generation = engine.build(self, args)
+        self._say_once(unused_notices(args, engine.gives_log_probs or self.rollout_func is not None))
 
     @property
     def _sync_rounding(self) -> str | None:
@@ -139,8 +141,9 @@ class RolloutsTrainer(RouterReplayTrainer):
             completion_mask: (B, T). Tool tokens count here: their NaN times a mask of 0 is NaN.
 
         Raises:
-            FloatingPointError: a log-prob of the training engine's is not finite. Said once instead with fp16, where
-                the loss scaler skips the step, and with `constraint="none"`, which trains on as TRL does.
+            FloatingPointError: a log-prob of the training engine's is not finite. Said once instead where the step is
+                left out, with fp16 by the loss scaler and with `gradient_guard` by that, and with
+                `constraint="none"`, which trains on as TRL does.
         """
         broken = int((completion_mask.bool() & ~(logps.isfinite() & train_logps.isfinite())).sum())
         if not broken:
@@ -150,7 +153,8 @@ class RolloutsTrainer(RouterReplayTrainer):
             "gradient is NaN, and the weights will be. Weights or activations overflowed: go back to the last "
             "checkpoint and lower `learning_rate`, or train in bf16 or float32"
         )
-        if self.args.constraint != "none" and not self.args.fp16:
+        is_left_out = self.args.fp16 or self.args.gradient_guard is not None
+        if self.args.constraint != "none" and not is_left_out:
             raise FloatingPointError(f"{message}. `constraint='none'` trains on, as TRL does.")
         self._say_once([("non-finite", f"{message}.")])
 

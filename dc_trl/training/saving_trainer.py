@@ -10,14 +10,14 @@ from dc_trl.constraint import DiscrepancyConstraint
 from dc_trl.records.card import model_card
 from dc_trl.records.text import visible
 from dc_trl.rollouts import deployed
+from dc_trl.training.guard_trainer import GuardTrainer
 from dc_trl.training.instruments import Instruments
-from dc_trl.training.rejection_trainer import RejectionTrainer
-from dc_trl.training.state import measured_with, restore, write_state
+from dc_trl.training.state import measured_with, restore, restore_guard, write_state
 
 logger = logging.get_logger(__name__)
 
 
-class SavingTrainer(RejectionTrainer):
+class SavingTrainer(GuardTrainer):
     """GRPO that saves the constraint with its checkpoints, and says in the model card what it came to."""
 
     _constraint: DiscrepancyConstraint
@@ -39,7 +39,8 @@ class SavingTrainer(RejectionTrainer):
         # transformers pushes a checkpoint at the end of `_save_checkpoint`, so what it is to hold is written here.
         if _internal_call and output_dir is not None and self.args.should_save:
             state = self._constraint.state_dict() | {"instruments": self._instruments.state_dict()}
-            write_state(Path(output_dir), state | {"measured_with": measured_with(self)})
+            guard = {} if self._guard is None else {"guard": self._guard.state_dict()}
+            write_state(Path(output_dir), state | guard | {"measured_with": measured_with(self)})
             deployed.save_sync_state(getattr(self, "vllm_generation", None), Path(output_dir))
             model_card.copy_card(Path(str(self.args.output_dir)), Path(output_dir))
 
@@ -72,6 +73,7 @@ class SavingTrainer(RejectionTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             deployed.load_sync_state(getattr(self, "vllm_generation", None), Path(checkpoint))
+            restore_guard(self._guard, Path(checkpoint))
             for notice in restore(self._constraint, self._instruments, Path(checkpoint), measured_with(self)):
                 if self.accelerator.is_main_process:
                     logger.warning("DC-GRPO, resuming: %s", notice)

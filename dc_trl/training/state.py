@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dc_trl.constraint import DiscrepancyConstraint
+from dc_trl.estimators.gradient_guard import GradientGuard
 from dc_trl.records.json_lines import parse_json
 from dc_trl.records.whole_files import write_whole
 from dc_trl.rollouts.engines import engine_name
@@ -141,6 +142,28 @@ def restore(
         where = checkpoint / STATE_FILE
         raise ValueError(f"{where} is not the state of a DCGRPOTrainer ({error!r}). {_WAY_OUT}") from error
     return _reconcile(constraint, saved, before, then, now)
+
+
+def restore_guard(guard: GradientGuard | None, checkpoint: Path) -> None:
+    """Takes up which gradient norms were usual, and how many steps in a row were left out.
+
+    A checkpoint of a run without a guard has neither, and the guard starts anew.
+
+    Args:
+        guard: of the resumed run; None without one.
+        checkpoint: the directory.
+
+    Raises:
+        ValueError: the file is cut off, or is no such state.
+    """
+    state = None if guard is None else read_state(checkpoint)
+    if guard is None or state is None or "guard" not in state:
+        return
+    try:
+        guard.load_state_dict(state["guard"])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        where = checkpoint / STATE_FILE
+        raise ValueError(f"{where} is not the state of a DCGRPOTrainer ({error!r}). {_WAY_OUT}") from error
 
 
 def _reconcile(

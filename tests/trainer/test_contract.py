@@ -22,6 +22,7 @@ PARAMETERS = {
     "_compute_loss": ["model", "inputs"],
     "_prepare_inputs": ["generation_batch"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
+    "_get_grad_norm": ["model", "grad_norm"],
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "create_optimizer": ["model"],
     "_load_best_model": [],

@@ -29,6 +29,7 @@ SEAMS = {
         "_compute_loss",
         "_generate",
         "_generate_and_score_completions",
+        "_get_grad_norm",
         "_get_per_token_logps_and_entropies",
         "_load_best_model",
         "_load_optimizer_and_scheduler",
@@ -48,6 +49,7 @@ SEAMS = {
         # Set, or swapped for a while.
         "_last_loaded_step",
         "optimizer",
+        "reward_funcs",
         "temperature",
         "use_vllm",
         "vllm_generation",
@@ -70,6 +72,7 @@ SEAMS = {
         "num_generations_eval",
         "num_iterations",
         "ref_model",
+        "reward_func_names",
         "reward_weights",
         "router_aux_loss_coef",
         "state",
@@ -124,6 +127,7 @@ SEAMS = {
         "trl.generation.vllm_generation.VLLMGeneration",
         "trl.trainer.utils.add_fused_lm_head",
         "trl.trainer.utils.get_config_model_id",
+        "trl.trainer.utils.is_async_callable",
     },
 }
 

@@ -3,13 +3,10 @@
 
 from typing import Any
 
-from dc_trl.estimators.combinations import refuse
+from dc_trl.estimators.combinations import refuse, steps_in_backward
 from dc_trl.estimators.importance import DRPO
 from dc_trl.estimators.rejection import RULES
 from dc_trl.estimators.rejection.normaliser import TOKEN_MEAN_LOSSES
-
-# Optimizers that have stepped, layer by layer, when the backward ends.
-_STEP_IN_BACKWARD = ("lomo", "layerwise")
 
 
 def is_settled_late(args: Any) -> bool:
@@ -72,7 +69,6 @@ def check_rejection(args: Any) -> None:
 
 
 def _refused_late(args: Any) -> dict[str, tuple[bool, str, str]]:
-    optim = str(getattr(args.optim, "value", args.optim))
     rollout = args.steps_per_generation * args.num_iterations
     return {
         "gradient_accumulation_steps": (
@@ -82,7 +78,7 @@ def _refused_late(args: Any) -> dict[str, tuple[bool, str, str]]:
             f"a divisor of steps_per_generation × num_iterations = {rollout}, or a loss such as 'grpo'",
         ),
         "optim": (
-            any(word in optim for word in _STEP_IN_BACKWARD),
+            steps_in_backward(args),
             "it steps within the backward, before it is known how much of the batch is left to divide by",
             "another optimizer, such as 'adamw_torch_fused'",
         ),
