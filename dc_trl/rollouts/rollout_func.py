@@ -35,6 +35,25 @@ def faulty_rows(output: Any) -> dict[int, str]:
     return {row: fault for row, fault in found if fault is not None}
 
 
+def check_completions(output: Any) -> None:
+    """Refuses completions without a token, of which TRL reads the last one.
+
+    Args:
+        output: what the function returned.
+
+    Raises:
+        ValueError: names the first of them, and how many there are.
+    """
+    completions = output.get("completion_ids") if isinstance(output, Mapping) else None
+    empty = [row for row, ids in enumerate(() if completions is None else completions) if len(ids) == 0]
+    if empty:
+        raise ValueError(
+            f"`rollout_func`: row {empty[0]} of `completion_ids` has no token ({len(empty)} of {len(completions)} "
+            "rows have none). A completion that ends at once has its end: return the end-of-sequence token, with its "
+            "log-prob."
+        )
+
+
 def describe_faults(faults: dict[int, str]) -> str:
     """An error's words: the first row, how many there are, and the way out."""
     row, fault = next(iter(faults.items()))

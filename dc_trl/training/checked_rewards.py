@@ -4,9 +4,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from trl.trainer.utils import is_async_callable
+
+# Squares of larger numbers overflow in float32.
+LARGEST_REWARD = 1e18
 
 _ASKED = "Return one number for each completion, in order, or None for a completion that it does not judge."
 
@@ -46,8 +48,10 @@ def _rewards(output: Any, name: str) -> Sequence[Any]:
     return output
 
 
-def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
-    """Refuses infinite rewards, which would make every advantage of their group NaN, and then every weight.
+def check_size(rewards: Tensor, names: Sequence[str]) -> None:
+    """Refuses infinite rewards, and those of which TRL's deviation of a group overflows in float32.
+
+    The first make every advantage of their group NaN, and then every weight; the second make them 0.
 
     Args:
         rewards: (N, F), of all processes, in float32; NaN where a function gave none.
@@ -56,25 +60,11 @@ def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
     Raises:
         ValueError: names function and completion.
     """
-    infinite = rewards.isinf().nonzero()
-    if len(infinite):
-        row, column = infinite[0].tolist()
+    beyond = (rewards.abs() > LARGEST_REWARD).nonzero()  # NaN is not
+    if len(beyond):
+        row, column = beyond[0].tolist()
         raise ValueError(
-            f"The reward function `{names[column]}` returned {rewards[row, column].item()} for completion {row}, or a "
-            "number too large for float32. Its group would have no mean, and the weights would become NaN. Return a "
-            "finite number, or None for a completion that it does not judge."
-        )
-
-
-def check_advantages(advantages: Tensor) -> None:
-    """Refuses advantages that are not finite: rewards so large that their mean or deviation is not.
-
-    Raises:
-        ValueError: says so.
-    """
-    broken = int((~torch.isfinite(advantages)).sum())
-    if broken:
-        raise ValueError(
-            f"{broken} of {advantages.numel()} advantages are NaN or infinite, although no reward is: the rewards, "
-            "times `reward_weights`, are too large for their mean and deviation in float32. Scale them down."
+            f"The reward function `{names[column]}` returned {rewards[row, column].item():.4g} (in float32) for "
+            f"completion {row}: beyond {LARGEST_REWARD:.0e} the mean or deviation of its group overflows. Return "
+            "smaller numbers, or None for a completion that it does not judge."
         )

@@ -10,7 +10,7 @@ from dc_trl.config import DCGRPOConfig
 from dc_trl.estimators.advantage import rloo_advantages, zero_variance_groups
 from dc_trl.estimators.rejection.normaliser import SEQUENCE_MEAN_LOSSES
 from dc_trl.training.attributes import temporary_attributes
-from dc_trl.training.checked_rewards import check_advantages, check_finite, checked
+from dc_trl.training.checked_rewards import check_size, checked
 from dc_trl.training.pushing_trainer import PushingTrainer
 
 # Advantages of `multi_objective_aggregation="normalize_then_sum"` have a standard deviation of 1 over the batch. Where
@@ -46,7 +46,6 @@ class GroupEstimatorsTrainer(PushingTrainer):
             self._set_rloo_advantages(batch)
         if self.args.zero_variance_groups == "drop":
             self._drop_zero_variance_groups(batch)
-        check_advantages(batch["advantages"])
         return batch
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -54,7 +53,7 @@ class GroupEstimatorsTrainer(PushingTrainer):
         functions = [checked(*pair) for pair in zip(self.reward_funcs, names, strict=True)]
         with temporary_attributes(self, reward_funcs=functions):
             rewards_per_func = super()._calculate_rewards(*args, **kwargs)  # (N, F), of all processes
-        check_finite(rewards_per_func, names)
+        check_size(rewards_per_func, names)
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
         self._rewards = torch.where(rewards_per_func.isnan().all(1), torch.nan, rewards)
         return rewards_per_func

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from dc_trl.config import DCGRPOConfig
 from dc_trl.rollouts.engines import engine_of
-from dc_trl.rollouts.rollout_func import describe_faults, faulty_rows
+from dc_trl.rollouts.rollout_func import check_completions, describe_faults, faulty_rows
 from dc_trl.rollouts.sync_rounding import rounding_in_force
 from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.one_rounding import one_rounding
@@ -101,6 +101,7 @@ class RolloutsTrainer(RouterReplayTrainer):
     def _checked_rollouts(self, rollout_func: Callable[..., Any], prompts: list[Any], trainer: Any) -> Any:
         """The output of the user's `rollout_func`, whose faulty log-probs end a run that has a constraint."""
         output = rollout_func(prompts, trainer)
+        check_completions(output)
         self._faulty_rows = faulty_rows(output)
         if self._faulty_rows:
             words = describe_faults(self._faulty_rows)
