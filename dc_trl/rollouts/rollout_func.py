@@ -44,8 +44,9 @@ def check_completions(output: Any) -> None:
     Raises:
         ValueError: names the first of them, and how many there are.
     """
-    completions = output.get("completion_ids") if isinstance(output, Mapping) else None
-    empty = [row for row, ids in enumerate(() if completions is None else completions) if len(ids) == 0]
+    given = output.get("completion_ids") if isinstance(output, Mapping) else None
+    completions: Any = () if given is None else given
+    empty = [row for row, ids in enumerate(completions) if len(ids) == 0]
     if empty:
         raise ValueError(
             f"`rollout_func`: row {empty[0]} of `completion_ids` has no token ({len(empty)} of {len(completions)} "
