@@ -71,7 +71,7 @@ class GuardTrainer(RejectionTrainer):
 
     def _judge(self, guard: GradientGuard, model: nn.Module, norm: float) -> None:
         guarded, self._guarded = self._guarded, []
-        if self.accelerator.scaler is not None and not math.isfinite(norm):
+        if self.args.fp16 and not math.isfinite(norm):
             return
         usual = guard.median
         skipped = guard.judge(norm)
