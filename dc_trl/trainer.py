@@ -49,7 +49,7 @@ class DCGRPOTrainer(SavingTrainer):
       advantages of other estimators
     - `_calculate_rewards`, `_prepare_inputs`, `_buffered_inputs`, `_logs`: rewards and micro-batches, for these (in
       `GroupEstimatorsTrainer`)
-    - `reward_funcs`, `reward_func_names`: what reward functions return is checked
+    - `reward_func_names`: what reward functions return is checked
     - `_compute_loss`, `_get_per_token_logps_and_entropies`: while the loss is computed, the log-probs of its forward
       are π, from which penalty and importance ratio are filled in between forward and loss. It reads `advantages`,
       (B,) or (B, T), and `importance_sampling_ratio` after that forward. A ragged batch takes one forward for each of

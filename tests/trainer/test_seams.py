@@ -49,7 +49,6 @@ SEAMS = {
         # Set, or swapped for a while.
         "_last_loaded_step",
         "optimizer",
-        "reward_funcs",
         "temperature",
         "use_vllm",
         "vllm_generation",
