@@ -4,8 +4,9 @@
 A published checkpoint lies on the bf16 grid; an update of 1e-6 is far smaller than the grid's step. Four tables:
 
 1. the cost of the dithered cast against the plain one;
-2. after 0, 1, 4 and 8 policy-gradient updates in float32: the share of the update that the sampler's weights have, and
-   the mean |π − μ| over the same sampled tokens, for each precision of the sampler, to nearest and dithered;
+2. after 0, 1, 4 and 8 policy-gradient updates in float32, or under autocast: the share of the update that the
+   sampler's weights have, the mean |π − μ| over the same sampled tokens, and the objective of the third table as the
+   sampler computes it, for each precision of the sampler, to nearest and dithered;
 3. after 0, 1, 4 and 12 updates: what the *deployed* bf16 policy has learnt of a fixed objective, the mean over tokens
    of advantage times log-probability (on the tokens trained on), and mean |π − μ|, for each way of rounding; at the
    end of a row, what weights and optimizer take, in bytes a weight. The rows of one rounding train a model in bf16,
@@ -55,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tables", type=int, nargs="*", default=[1, 2, 3, 4], help="which of them")
     parser.add_argument("--arms", default="", help="only the rows of the third table whose names have this in them")
     parser.add_argument("--precisions", nargs="*", default=PRECISIONS, help="of the second table")
+    parser.add_argument("--autocast", action="store_true", help="the second table with a trainer under bf16 autocast")
     parser.add_argument("--updates", type=int, nargs="*", default=[0, 1, 4, 8], help="columns of the second table")
     parser.add_argument("--objective-updates", type=int, nargs="*", default=[0, 1, 4, 12], help="of the third")
     parser.add_argument("--seed", type=int, default=0, help="of the rollouts and of the dither")
@@ -240,13 +242,17 @@ def rounding_table(published: PreTrainedModel, rollouts: Rollouts, args: argpars
     arms = [(precision, way) for precision in args.precisions for way in ("nearest", "dithered")]
     samplers = {arm: Sampler(model, arm[0], Dither(args.seed) if arm[1] == "dithered" else None) for arm in arms}
     cells: dict[tuple[str, str], list[str]] = {arm: [] for arm in arms}
-    for _, logps in train(model, rollouts, args.updates, adam(model.parameters(), args.learning_rate)):
+    optimizer = adam(model.parameters(), args.learning_rate)
+    context = autocast if args.autocast else nullcontext
+    for _, logps in train(model, rollouts, args.updates, optimizer, context):
         for arm, sampler in samplers.items():
             metrics = sampler.sync()
             seen = metrics.get("update_seen_since_start")
             share = "      –" if seen is None else f"{seen:7.1%}"
-            cells[arm].append(f"{share} {rollouts.discrepancy(logps, sampler.logps(rollouts)):.4f}")
-    print("sampler           " + "".join(f"after {update:2d}        " for update in args.updates))
+            sampling_logps = sampler.logps(rollouts)
+            objective = float(rollouts.objective(sampling_logps))
+            cells[arm].append(f"{share} {rollouts.discrepancy(logps, sampling_logps):.4f} {objective:+.3f}")
+    print("sampler           " + "".join(f"after {update:2d}               " for update in args.updates))
     for arm in arms:
         print(f"{arm[0]:5s} {arm[1]:9s}  " + "   ".join(cells[arm]))
 
@@ -350,7 +356,8 @@ def main() -> None:
         print("\nThe cast")
         cast_table(model)
     if 2 in args.tables:
-        print("\nShare of the update that the sampler has, and mean |π − μ|; the trainer computes in float32")
+        forward = "under bf16 autocast" if args.autocast else "in float32"
+        print(f"\nShare of the update that the sampler has, mean |π − μ|, objective; the trainer computes {forward}")
         rounding_table(model, rollouts, args)
     torch.compiler.set_stance("force_eager")  # torchao compiles its steps, which takes longer than these updates
     if 3 in args.tables:
