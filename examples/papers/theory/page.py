@@ -69,8 +69,8 @@ def _optima(lines: Sequence[Line]) -> list[str]:
     head = [
         "**Theorem B.1** (DC-GRPO): the three optimal policies against a numerical optimiser, in random states of 8 "
         f"actions. {_word(_solved(lines))} where the theorem has a policy: no optimum that ascent found was better by "
-        f"more than {max(x['shortfall'] for x in lines):.0e}, or further than {max(x['distance'] for x in lines):.0e} in "
-        "total variation.",
+        f"more than {max(x['shortfall'] for x in lines):.0e}, or further than "
+        f"{max(x['distance'] for x in lines):.0e} in total variation.",
         "",
         "| model | λ | states with a policy of the theorem's | of which interior | largest distance |",
         "|---|---|---|---|---|",
