@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,8 +12,8 @@ from typing import Any
 from papers import results_file
 from papers.blocks import BLOCKS, planned
 from papers.comparisons import ALL, SECTIONS, Claim
-from papers.intervals import FEWEST, Estimate, compare, verdict
-from papers.theory.page import theory_page
+from papers.intervals import FEWEST, NOT_YET_RUN, Estimate, compare, verdict
+from papers.theory.page import first_rows, theory_page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results.md"
@@ -71,7 +71,14 @@ def render(lines: Sequence[Line], theory: Sequence[Line]) -> str:
 def _first_page(lines: Sequence[Line], theory: Sequence[Line]) -> str:
     head = ["| claim | verdict | difference | n |", "|---|---|---|---|"]
     rows = [_row(claim, lines, source=False) for claim in ALL if claim.first]
-    return "\n".join([*head, *rows, ""])
+    return "\n".join([_tally(lines), "", *head, *rows, *first_rows(theory), ""])
+
+
+def _tally(lines: Sequence[Line]) -> str:
+    """How many claims have which verdict, as text."""
+    words = Counter(verdict(compare(lines, x.comparison), x.comparison.margin, x.equal) for x in ALL)
+    told = ", ".join(f"{count} {word}" for word, count in sorted(words.items()) if word != NOT_YET_RUN)
+    return f"Of {len(ALL)} comparisons, so far: {told or 'none told'}; {words[NOT_YET_RUN]} not yet run."
 
 
 def _row(claim: Claim, lines: Sequence[Line], source: bool = True) -> str:
