@@ -89,7 +89,9 @@ def check_written_to_the_end(checkpoint: Path, names: Iterable[str]) -> None:
         return
     whole = [other for other in _checkpoints(checkpoint.resolve().parent) if fault(other, names) is None]
     instead = f"Resume from {whole[0].name} beside it" if whole else "No checkpoint beside it is whole: train anew"
-    raise CheckpointError(f"{checkpoint} cannot be resumed from, as it was not written to its end: {wrong}. {instead}.")
+    raise CheckpointError(
+        f"{checkpoint} cannot be resumed from, as it was not written to its end: {wrong}. {instead}."
+    )
 
 
 def _checkpoints(folder: Path) -> list[Path]:
