@@ -2,8 +2,8 @@
 """Which checkpoint a run goes on from: the newest that was written to its end.
 
 A process may be killed while it saves. transformers takes the checkpoint of the highest number all the same, and stops
-at a file that is missing, or goes on without it. It writes `trainer_state.json` last, so that file is the seal: removed
-before a checkpoint of that name is written again, and asked for, whole, before one is taken.
+at a file that is missing, or goes on without it. It writes `trainer_state.json` last, so that file is the seal:
+removed before a checkpoint of that name is written again, and asked for, whole, before one is taken.
 """
 
 import re

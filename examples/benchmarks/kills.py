@@ -23,7 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ STEPS = {"replayed": 52, "engine": 12}
 SAVE_STEPS = {"replayed": 8, "engine": 3}
 DUAL_RATES = {"replayed": 0.1, "engine": 5.0}
 SURGE_FROM = 36
+COMPARED = ("multiplier", "tolerance", "rate", "surge", "step", "weights")
 # TRL and transformers count these anew in a resumed run, or measure the clock.
 NOT_COMPARED = ("num_tokens", "step_time")
 
@@ -90,6 +91,7 @@ class Moments:
     def wrapped(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """The method, as a phase."""
 
+        @wraps(method)  # a checkpoint keeps the name of its run's `rollout_func`
         def announced(*args: Any, **kwargs: Any) -> Any:
             with self.within(phase):
                 return method(*args, **kwargs)
@@ -98,7 +100,7 @@ class Moments:
 
 
 def replayed(prompts: list[str], trainer: Any) -> dict[str, Any]:
-    """Completions and log-probs that depend on prompt, place and step alone; from `SURGE_FROM` on four times longer."""
+    """Completions and log-probs that depend on prompt, place and step alone; longer from `SURGE_FROM` on."""
     prompt_ids = trainer.processing_class(text=prompts)["input_ids"]
     length = 12 if trainer.state.global_step >= SURGE_FROM else 3
     completions = [[3 + (7 * len(ids) + 3 * i + t) % 50 for t in range(length)] for i, ids in enumerate(prompt_ids)]
@@ -168,11 +170,12 @@ def train(kind: str, folder: str, resume: bool, aim: tuple[str, int, int] | None
 
     torch.set_num_threads(1)
     trainer, moments = build_trainer(kind, folder), Moments(aim, place)
-    if aim is not None or not resume:
-        announce(trainer, moments)
+    announce(trainer, moments)
     began.set()
+    start = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
-    write_whole(Path(f"{folder}.json"), json.dumps(outcome(trainer) | {"visits": moments.visits}))
+    result = outcome(trainer) | {"visits": moments.visits, "seconds": time.monotonic() - start}
+    write_whole(Path(f"{folder}.json"), json.dumps(result))
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
@@ -237,20 +240,35 @@ def whole(checkpoint: Path, reference: Path) -> bool:
     return names >= {path.name for path in (reference / checkpoint.name).iterdir()}
 
 
+def differences(result: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    """What a run came to that is not what the reference came to; of the log, the keys, with their first step."""
+    found = [name for name in COMPARED if result[name] != reference[name]]
+    if [entry["step"] for entry in result["logged"]] != [entry["step"] for entry in reference["logged"]]:
+        found.append("logged steps")
+    first: dict[str, int] = {}
+    for ours, theirs in zip(result["logged"], reference["logged"], strict=False):
+        for key in ours.keys() | theirs.keys():
+            if ours.get(key) != theirs.get(key):
+                first.setdefault(key, theirs["step"])
+    return found + [f"{key} from step {step}" for key, step in sorted(first.items())]
+
+
 def kill(kind: str, phase: str, folder: Path, reference: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     """Kills one run, resumes it, and says where it was killed and in what it differs from the reference."""
     aim = None if phase == CLOCK else draw_aim(kind, phase, reference["visits"][phase], chance)
     process, place, began = start(kind, folder, aim=aim)
     if phase == CLOCK:
         began.wait()
-        process.join(chance.random() * reference["seconds"])
+        process.join(0.9 * chance.random() * reference["seconds"])
         process.kill()
     process.join()
     if process.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"the {kind} run in {folder} ended with {process.exitcode}, not by a kill.")
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     good = [path for path in found if whole(path, reference["folder"])]
-    result = finish(kind, folder, resume=bool(good))
+    # A run that had ended before the clock's kill is compared as it is.
+    ended = process.exitcode == 0
+    result = json.loads(Path(f"{folder}.json").read_text()) if ended else finish(kind, folder, resume=bool(good))
     starts = [json.loads(line)["start"]["step"] for line in (folder / "log.jsonl").open() if '{"start"' in line]
     return {
         "run": kind,
@@ -259,9 +277,9 @@ def kill(kind: str, phase: str, folder: Path, reference: dict[str, Any], chance:
         "checkpoints": len(found),
         "passed_over": len(found) - len(good),
         "resumed_from": starts[-1],
-        "newest_whole": int(good[-1].name.split("-")[1]) if good else 0,
+        "newest_whole": int(good[-1].name.split("-")[1]) if good and not ended else 0,
         "multiplier": round(result["multiplier"], 4),
-        "differs_in": sorted(k for k in result if k != "visits" and result[k] != reference[k]),
+        "differs_in": differences(result, reference),
     }
 
 
@@ -271,9 +289,7 @@ def measure(kills: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     for number in range(kills):
         kind, phase = AIMS[number % len(AIMS)]
         if kind not in references:
-            began = time.monotonic()
             references[kind] = finish(kind, folder / kind, resume=False) | {"folder": folder / kind}
-            references[kind]["seconds"] = time.monotonic() - began
         entry = kill(kind, phase, folder / f"{kind}-{number}", references[kind], chance)
         print(json.dumps(entry), file=sys.stderr, flush=True)
         entries.append(entry)
@@ -294,7 +310,7 @@ def main() -> int:
         "kills": len(entries),
         "killed_in": dict(Counter(entry["killed_in"] for entry in entries)),
         "half_written": sum(entry["passed_over"] for entry in entries),
-        "started_anew": sum(entry["newest_whole"] == 0 for entry in entries),
+        "started_anew": sum(e["newest_whole"] == 0 and e["killed_in"] in PHASES for e in entries),
         "bad": len(bad),
         "entries": entries,
     }

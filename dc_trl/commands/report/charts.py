@@ -48,7 +48,7 @@ def _drawable(value: Any) -> float:
 
 
 def _extremes(values: np.ndarray) -> np.ndarray:
-    """The places to draw, in order: both ends, and of each stretch the smallest and the largest, so no spike is lost."""
+    """The places to draw, in order: both ends, and of each stretch the smallest and the largest, so spikes stay."""
     count = len(values)
     if count <= MAX_POINTS:
         return np.arange(count)
