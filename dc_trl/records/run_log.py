@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log of a run as it goes on: `log.jsonl` in the output directory, its writer and its reader.
+"""The log of a run as it goes on, `log.jsonl` in the output directory: its writer. `run_reader` has its reader.
 
 transformers writes its log history with a checkpoint only, so a run between two checkpoints could not be looked at.
 Here each entry is one line, written when it is logged. A start of training is a line too, with the settings, so that
 the reader knows which entries a resumed run repeats.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from inspect import get_annotations
 from itertools import count
@@ -17,22 +16,17 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from dc_trl.records.json_lines import append_lines, mend_end, numbered_lines, parse_json
+from dc_trl.records.json_lines import append_lines, mend_end
+from dc_trl.records.run_reader import LOG_FILE
 from dc_trl.records.text import terminal
-from dc_trl.records.token_log import FOLDER as TOKENS
+from dc_trl.records.token_schema import FOLDER as TOKENS
 from dc_trl.records.whole_files import write_whole
 from dc_trl.rollouts.shown import shown
 
 logger = logging.get_logger(__name__)
 
-LOG_FILE = "log.jsonl"
-STATE_FILE = "trainer_state.json"
 SKIPPED_FILE = "skipped.jsonl"
 """The optimizer steps that the gradient guard left out."""
-
-LARGEST_DRAWN = 1e100
-"""Size up to which values are drawn. Near what a float can hold, the ends of an axis or of a band overflow."""
-_LARGEST_STEP = 2**53
 
 # What a person needs to tell two runs apart, of TRL's and transformers' fields. This package's own come on top.
 _INHERITED_SETTINGS = (
@@ -160,99 +154,3 @@ def _numbered(folder: Path, number: int) -> tuple[Path, Path, Path]:
     names = (f"{path.stem}-{number}{path.suffix}" for path in (log, tokens, skipped))
     first, second, third = (folder / name for name in names)
     return first, second, third
-
-
-@dataclass
-class Run:
-    """What the log of a run says, as of now.
-
-    Attributes:
-        name: the directory's.
-        start: the last start's `step`, `time`, `max_steps`, `model` and other facts, of this package's trainer
-            `rounding_in_force`; from transformers' state, `max_steps` alone.
-        settings: the last start's; empty from transformers' state.
-        entries: the log history, in order, without what a resumed run repeated.
-        source: the file that was read.
-    """
-
-    name: str
-    source: Path
-    start: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    entries: list[dict[str, Any]] = field(default_factory=list)
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a run's log, also while it is being written.
-
-    A run without `log.jsonl`, such as one of TRL's own trainer, is read from `trainer_state.json` in the folder or in
-    its newest checkpoint.
-
-    Raises:
-        FileNotFoundError: the folder does not exist, or holds neither.
-        ValueError: a line of the log, other than a last one that is cut off, or the state, is not what was written.
-    """
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"the run directory {folder} {what} (looked from {Path.cwd()}).")
-    if (folder / LOG_FILE).is_file():
-        return _read_log(folder)
-    states = sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime)
-    states += [path for path in [folder / STATE_FILE] if path.is_file()]
-    if not states:
-        raise FileNotFoundError(
-            f"{folder} holds no run: neither {LOG_FILE}, which DCGRPOTrainer writes while it trains, nor a checkpoint "
-            f"with {STATE_FILE}. Name a trainer's output_dir; for other trainers, add RunLogCallback to `callbacks`."
-        )
-    return _read_state(folder, states[-1])
-
-
-def _read_state(folder: Path, source: Path) -> Run:
-    try:
-        state = parse_json(source.read_bytes())
-        start = {"max_steps": int(state["max_steps"])}
-        entries = list(state["log_history"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last of an infinity
-        raise ValueError(f"{source} is not the state of a transformers trainer ({error!r}): remove it.") from error
-    for number, entry in enumerate(entries, start=1):
-        _check_line(entry, f"entry {number} of {source}")
-    return Run(folder.resolve().name, source, start, {}, entries)
-
-
-def _read_log(folder: Path) -> Run:
-    run = Run(folder.resolve().name, folder / LOG_FILE)
-    for line in _lines(run.source):
-        if "start" in line:
-            run.start = line["start"]
-            run.settings = run.start.pop("settings")
-            run.entries = [entry for entry in run.entries if entry["step"] <= run.start["step"]]
-        else:
-            run.entries.append(line)
-    return run
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a logged value is a number that can be drawn: finite, and no larger than `LARGEST_DRAWN`."""
-    return isinstance(value, int | float) and abs(value) <= LARGEST_DRAWN  # NaN is not
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in numbered_lines(path):
-        try:
-            value = parse_json(line)
-        except ValueError as error:
-            if not line.endswith(b"\n"):  # it is being written
-                return
-            raise ValueError(f"line {number} of {path} is not JSON ({error}). Remove that line.") from error
-        _check_line(value, f"line {number} of {path}")
-        yield value
-
-
-def _check_line(line: Any, where: str) -> None:
-    """Readers count on the numbers of steps, and pages print them."""
-    is_start = isinstance(line, dict) and "start" in line
-    holder = line["start"] if is_start else line
-    numbers = [holder.get("step"), holder.get("max_steps", 0)] if isinstance(holder, dict) else [None]
-    wrong = any(type(number) is not int or abs(number) > _LARGEST_STEP for number in numbers)
-    if wrong or (is_start and not isinstance(holder.get("settings"), dict)):
-        raise ValueError(f"{where} is neither a log entry with its step nor the start of a run. Remove it.")

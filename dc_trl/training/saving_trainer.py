@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from dc_trl.constraint import DiscrepancyConstraint
@@ -12,6 +13,7 @@ from dc_trl.records.text import visible
 from dc_trl.rollouts import deployed
 from dc_trl.training.guard_trainer import GuardTrainer
 from dc_trl.training.instruments import Instruments
+from dc_trl.training.resuming import CheckpointError, break_seals, check_written_to_the_end, newest, seals
 from dc_trl.training.state import measured_with, restore, restore_guard, write_state
 
 logger = logging.get_logger(__name__)
@@ -33,8 +35,47 @@ class SavingTrainer(GuardTrainer):
             state = (tolerance, multiplier, self._sync_rounding, self.state.log_history)
             model_card.complete(Path(str(self.args.output_dir)), self.args, *state)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as TRL does. A resumed run goes on from a checkpoint that was written to its end.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's path; or True for the newest in `output_dir` that is whole, where
+                newer ones that a killed process left half-written are passed over with a warning.
+
+        Raises:
+            CheckpointError: the checkpoint that is named is half-written, or there is none that is whole.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _whole_checkpoint(self, asked: str | bool) -> str:
+        """The path to resume from, the same on every process."""
+        written_last = seals(self.args.use_adaptive_entropy)
+        if asked is not True:
+            check_written_to_the_end(Path(asked), written_last)
+            return str(asked)
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [newest(Path(str(self.args.output_dir)), written_last)]
+            except CheckpointError as error:
+                found = [error]
+        (choice,) = broadcast_object_list(found)
+        if isinstance(choice, CheckpointError):
+            raise choice
+        for path, wrong in choice.passed_over.items():
+            logger.warning("DC-GRPO, resuming: %s is passed over: it was not written to its end, %s.", path, wrong)
+        return str(choice.taken)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what follows seals the checkpoint, of every process
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves as TRL does; a checkpoint also gets λ, tolerance, calibration, and the card."""
+        if _internal_call and output_dir is not None and self.args.should_save:
+            break_seals(Path(output_dir))
         super().save_model(output_dir, _internal_call)
         # transformers pushes a checkpoint at the end of `_save_checkpoint`, so what it is to hold is written here.
         if _internal_call and output_dir is not None and self.args.should_save:

@@ -20,7 +20,7 @@ from dc_trl import DCGRPOConfig
 from dc_trl.records.card.curves import PANELS, save_curves
 from dc_trl.records.card.model_card import complete, copy_card, with_section
 from dc_trl.records.card.series import series
-from dc_trl.records.run_log import LARGEST_DRAWN
+from dc_trl.records.run_reader import LARGEST_DRAWN
 from dc_trl.records.text import markdown, visible
 from dc_trl.rollouts.engines import engine_name
 

@@ -20,7 +20,7 @@ from stub_server import Stub
 from tiny import tiny_model
 from transformers import TrainerCallback
 
-from dc_trl.records.run_log import read_run
+from dc_trl.records.run_reader import read_run
 from dc_trl.rollouts.checkpoint import write_checkpoint
 
 HUB_RUN = SUPPORT / "hub_run.py"

@@ -28,6 +28,7 @@ PARAMETERS = {
     "_load_best_model": [],
     "save_model": ["output_dir", "_internal_call"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_save_rng_state": ["output_dir"],
     "_get_per_token_logps_and_entropies": [
         "model",
         "input_ids",

@@ -37,6 +37,7 @@ SEAMS = {
         "_paper",
         "_prepare_inputs",
         "_push_from_checkpoint",
+        "_save_rng_state",
         "_tag_names",
         "create_model_card",
         "create_optimizer",

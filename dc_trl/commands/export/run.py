@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoProcessor
 
 from dc_trl.commands.usage import UsageError
-from dc_trl.records.run_log import LOG_FILE, Run, read_run
+from dc_trl.records.run_reader import LOG_FILE, Run, read_run
 from dc_trl.rollouts.deployed import save_deployed
 from dc_trl.rollouts.engines import engine_of
 from dc_trl.rollouts.handover import Handover

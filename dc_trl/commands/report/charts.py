@@ -3,15 +3,19 @@
 
 from typing import Any
 
+import numpy as np
+
 from dc_trl.commands.report.panels import LIMIT, MAIN, POINTS, SECOND, Panel, Row, Series
 from dc_trl.commands.report.text import label
-from dc_trl.records.run_log import Run, is_finite
+from dc_trl.records.run_reader import LARGEST_DRAWN, Run, is_finite
 
 COLORS = 8
 """Runs that get a colour of their own; the next ones repeat the colours with dashes."""
 
 # A chart is some 600 pixels wide. Beyond this, extremes are kept and what lies between them is left out.
 MAX_POINTS = 2_000
+MAX_HALVINGS = 50
+"""Halvings of the rate that are marked; Algorithm 1 makes four."""
 # Fewer points than this are marked one by one.
 _MARKED = 20
 # Of the height, between two rows of a panel: room for the lower one's title.
@@ -26,27 +30,44 @@ Points = tuple[list[int], list[float | None]]
 
 def points(run: Run, key: str) -> Points:
     """Steps and values of a key, thinned to `MAX_POINTS`; None where the logged value is no finite number."""
-    found = [(entry["step"], entry[key]) for entry in run.entries if key in entry and "step" in entry]
-    steps = [step for step, _ in found]
-    values = [float(f"{value:.{_DIGITS}g}") if is_finite(value) else None for _, value in found]
-    return _thinned(steps, values)
+    steps, values = _column(run, key)
+    kept = _extremes(values)
+    return [steps[i] for i in kept], _rounded(values[kept])
 
 
-def _thinned(steps: list[int], values: list[float | None]) -> Points:
-    """Of each stretch the smallest and the largest value, so that no spike is lost."""
-    stretch = -(-2 * len(steps) // MAX_POINTS)
-    if len(steps) <= MAX_POINTS:
-        return steps, values
-    kept: list[int] = []
-    for start in range(0, len(steps), stretch):
-        finite = [(value, i) for i, value in enumerate(values[start : start + stretch], start) if value is not None]
-        kept += sorted({min(finite)[1], max(finite)[1]}) if finite else [start]
-    return [steps[i] for i in kept], [values[i] for i in kept]
+def _column(run: Run, key: str) -> tuple[list[int], np.ndarray]:
+    """Steps and values of a key, all of them; NaN where the logged value is no finite number."""
+    steps, logged = run.columns.get(key, ([], []))
+    values = np.array([value if type(value) is float else _drawable(value) for value in logged], dtype=float)
+    values[np.abs(values) > LARGEST_DRAWN] = np.nan
+    return steps, values
+
+
+def _drawable(value: Any) -> float:
+    return float(value) if is_finite(value) else np.nan
+
+
+def _extremes(values: np.ndarray) -> np.ndarray:
+    """The places to draw, in order: both ends, and of each stretch the smallest and the largest, so spikes stay."""
+    count = len(values)
+    if count <= MAX_POINTS:
+        return np.arange(count)
+    stretch = -(-2 * count // (MAX_POINTS - 4))  # room for the ends, and for a last stretch that is not whole
+    rows = np.pad(values, (0, -count % stretch), constant_values=np.nan).reshape(-1, stretch)
+    low = np.where(np.isnan(rows), np.inf, rows).argmin(axis=1)  # the first place where there is no number
+    high = np.where(np.isnan(rows), -np.inf, rows).argmax(axis=1)
+    starts = stretch * np.arange(len(rows))
+    return np.unique(np.concatenate([[0], starts + low, starts + high, [count - 1]]))
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    return [float(f"{value:.{_DIGITS}g}") if value == value else None for value in values.tolist()]
 
 
 def last(run: Run, key: str) -> Any:
     """The value logged last under a key, or None."""
-    return next((entry[key] for entry in reversed(run.entries) if entry.get(key) is not None), None)
+    _, values = run.columns.get(key, ([], []))
+    return next((value for value in reversed(values) if value is not None), None)
 
 
 def color(index: int) -> str:
@@ -61,7 +82,7 @@ def never_logged(panel: Panel, runs: list[Run]) -> list[str]:
 
 
 def _is_logged(key: str, runs: list[Run]) -> bool:
-    return any(is_finite(entry.get(key)) for run in runs for entry in run.entries)
+    return any(key in run.drawable for run in runs)
 
 
 def _has_values(series: Series, runs: list[Run]) -> bool:
@@ -144,12 +165,14 @@ def _band(series: Series, run: Run, index: int, axis: str, opacity: float) -> li
     """The area within the band's value of the series, as one closed outline; nothing where there is no band."""
     if series.band is None:
         return []
-    widths = dict(zip(*points(run, series.band), strict=True))
+    steps, values = _column(run, series.key)
+    drawn = _extremes(values)  # the places of the line, which are others than the extremes of the width
+    widths = dict(zip(*_column(run, series.band), strict=True))
     upper = []
     lower = []
-    for step, value in zip(*points(run, series.key), strict=True):
-        width = widths.get(step)
-        if value is not None and width is not None:
+    for step, value in zip([steps[i] for i in drawn], values[drawn].tolist(), strict=True):
+        width = widths.get(step, np.nan)
+        if np.isfinite(value + width):
             upper.append((step, value + width))
             lower.append((step, value - width))
     if not upper:
@@ -188,10 +211,11 @@ def calibrated_until(run: Run) -> int | None:
 
 
 def halvings(run: Run) -> list[int]:
-    """The steps whose entries are the first with a lower `length_decay/lr_scale`."""
-    key = "length_decay/lr_scale"
-    scales = [(entry["step"], entry[key]) for entry in run.entries if is_finite(entry.get(key))]
-    return [step for (_, before), (step, after) in zip(scales, scales[1:], strict=False) if after < before]
+    """The steps whose entries are the first with a lower `length_decay/lr_scale`; at most `MAX_HALVINGS`."""
+    steps, scales = _column(run, "length_decay/lr_scale")
+    finite = np.flatnonzero(np.isfinite(scales))
+    lower = finite[1:][np.diff(scales[finite]) < 0]
+    return [steps[i] for i in lower[:MAX_HALVINGS]]
 
 
 def _mark(layout: dict[str, Any], marks: str, run: Run, run_color: str, count: int) -> None:

@@ -15,7 +15,7 @@ from dc_trl.commands.report import tokens
 from dc_trl.commands.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
 from dc_trl.commands.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel
 from dc_trl.commands.report.text import duration, embedded_json, number
-from dc_trl.records.run_log import Run, is_finite
+from dc_trl.records.run_reader import Run, is_finite
 from dc_trl.records.text import escaped, visible
 from dc_trl.rollouts.engines import engine_name
 from dc_trl.rollouts.shown import shown
@@ -155,7 +155,7 @@ def _panel(panel: Panel, drawn: dict[str, Any] | None, runs: list[Run]) -> str:
 
 def _drawn_as(panel: Panel, runs: list[Run]) -> str:
     """Which line is what, where an axis has several."""
-    logged = {key for run in runs for entry in run.entries for key in entry} - set(never_logged(panel, runs))
+    logged = {key for run in runs for key in run.drawable}
     rows = [[series for series in row.series if series.key in logged] for row in panel.rows]
     parts = [f"{STYLES[series.kind]}: {escaped(series.label)}" for row in rows if len(row) > 1 for series in row]
     return "; ".join(parts).capitalize() + "." if parts else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from dc_trl.commands.report.page import render
 from dc_trl.commands.report.tokens import token_view
 from dc_trl.commands.usage import UsageError
-from dc_trl.records.run_log import Run, read_run
+from dc_trl.records.run_reader import Run, read_run
 
 
 def build_report(folders: Sequence[Path], tokens_step: int | None = None) -> str:

@@ -5,7 +5,7 @@ import html
 import json
 from typing import Any
 
-from dc_trl.records.run_log import is_finite
+from dc_trl.records.run_reader import is_finite
 from dc_trl.records.text import visible
 
 # Of a name in a legend, in characters.

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dc_trl.commands.report.text import NAME_LIMIT
-from dc_trl.records.run_log import Run
+from dc_trl.records.run_reader import Run
 from dc_trl.records.text import visible
-from dc_trl.records.token_log import FOLDER, SCHEMA
+from dc_trl.records.token_schema import FOLDER, SCHEMA
 
 STEPS = 4
 """Token logs shown of a run, unless one is asked for."""

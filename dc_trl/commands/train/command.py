@@ -15,7 +15,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     Raises:
         UsageError: for unknown options, and for files that do not exist, before any model or data loads; during
-            training, for data without usable gold answers.
+            training, for data without usable gold answers, and where there is no checkpoint to resume from.
     """
     line = CommandLine.read(argv, make_parser())
     if line.must_launch and not line.options.dry_run:
@@ -24,6 +24,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     from dc_trl.commands.train import run
     from dc_trl.tasks.rewards import GoldAnswerError, load_rewards
+    from dc_trl.training.resuming import CheckpointError
 
     arguments = line.arguments
     if line.options.dry_run and not torch.accelerator.is_available():
@@ -40,7 +41,7 @@ def train_command(argv: Sequence[str]) -> int:
         raise UsageError(str(error)) from error
     try:
         run.train(training, model, rewards, data, eval_data)
-    except GoldAnswerError as error:
+    except (GoldAnswerError, CheckpointError) as error:
         raise UsageError(str(error)) from error
     return 0
 

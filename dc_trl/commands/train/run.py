@@ -46,7 +46,7 @@ def train(training: Any, model: Any, rewards: list[Any], data: Any, eval_data: A
     from dc_trl.trainer import DCGRPOTrainer
 
     trainer = build_trainer(DCGRPOTrainer, training, model, rewards, data, eval_data)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=_asked_checkpoint(training.resume_from_checkpoint))
     trainer.create_model_card(model_name=(training.hub_model_id or Path(training.output_dir).name).split("/")[-1])
     if not training.push_to_hub:
         trainer.save_model(training.output_dir)
@@ -59,6 +59,11 @@ def train(training: Any, model: Any, rewards: list[Any], data: Any, eval_data: A
             f"write, send it by: {_upload_command(trainer)}"
         ) from error
     return trainer
+
+
+def _asked_checkpoint(value: str | bool | None) -> str | bool | None:
+    """A checkpoint's path as it is; what a command line or a recipe says for yes and no, as such."""
+    return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
 def _upload_command(trainer: Any) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dc_trl.records.run_log import is_finite
+from dc_trl.records.run_reader import is_finite
 
 Log = Sequence[dict[str, Any]]
 

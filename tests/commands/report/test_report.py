@@ -3,6 +3,7 @@
 
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from dc_trl.commands.cli import main
 from dc_trl.commands.report.charts import COLORS, MAX_POINTS, points
 from dc_trl.commands.report.command import report_command
 from dc_trl.commands.report.panels import MAIN_PANELS, TAIL_PANELS
+from dc_trl.commands.report.run import build_report
 from dc_trl.commands.usage import UsageError
-from dc_trl.records.run_log import LARGEST_DRAWN, Run
+from dc_trl.records.run_reader import LARGEST_DRAWN, Run
 
 # Charts
 
@@ -50,13 +52,44 @@ def test_values_that_are_no_number_are_gaps(tmp_path: Path) -> None:
     assert traces(report(write_log(tmp_path, entries)), "reward")["training"]["y"] == [1, None, None, None, None, 2]
 
 
-def test_long_series_keep_their_spikes(tmp_path: Path) -> None:
-    entries = [{"step": step, "k": 1.0} for step in range(50_000)]
-    entries[12_345]["k"], entries[40_000]["k"], entries[7]["k"] = 9.0, -9.0, math.nan
+@pytest.mark.parametrize("count", [MAX_POINTS + 1, 2 * MAX_POINTS, 50_000])
+def test_long_series_keep_their_spikes_and_both_ends(tmp_path: Path, count: int) -> None:
+    entries = [{"step": step, "k": float(step % 7)} for step in range(count)]
+    entries[1_234]["k"], entries[count - 900]["k"], entries[7]["k"] = 9.0, -9.0, math.nan
+    entries[0]["k"], entries[-1]["k"] = 3.5, 2.5  # neither is the smallest or the largest of anything
     steps, values = points(Run("r", tmp_path, entries=entries), "k")
     assert len(steps) <= MAX_POINTS
-    assert steps == sorted(steps)
-    assert {(12_345, 9.0), (40_000, -9.0)} <= set(zip(steps, values, strict=True))
+    assert steps == sorted(set(steps))
+    assert {(0, 3.5), (1_234, 9.0), (count - 900, -9.0), (count - 1, 2.5)} <= set(zip(steps, values, strict=True))
+
+
+def test_a_stretch_without_numbers_is_a_gap_in_a_long_series(tmp_path: Path) -> None:
+    entries = [{"step": step, "k": 1.0 if step < 20_000 else None} for step in range(50_000)]
+    steps, values = points(Run("r", tmp_path, entries=entries), "k")
+    assert {value for step, value in zip(steps, values, strict=True) if step > 20_100} == {None}
+
+
+def test_the_band_of_a_long_series_is_as_wide_as_its_line_is_long(tmp_path: Path) -> None:
+    entries = [{"step": s, "reward": float(s * 37 % 101), "reward_std": float(s * 53 % 89)} for s in range(9_000)]
+    drawn = traces(report(write_log(tmp_path, entries)), "reward")
+    assert len(drawn["band"]["x"]) == 2 * len(drawn["training"]["x"]) > MAX_POINTS
+
+
+def test_a_page_is_no_larger_for_a_longer_run(tmp_path: Path) -> None:
+    keys = [s.key for panel in (*MAIN_PANELS, *TAIL_PANELS) for row in panel.rows for s in row.series]
+    sizes = []
+    for count in (4_000, 16_000):
+        entries = [{"step": step} | {key: step * 17 % 23 / 7 for key in keys} for step in range(count)]
+        for entry in entries:
+            entry["length_decay/lr_scale"] = entry["step"] % 2  # lowered at every second step
+        sizes.append(len(build_report([write_log(tmp_path / str(count), entries)])))
+    assert sizes[1] < 1.05 * sizes[0] < 7_000_000
+
+
+def test_a_report_loads_no_torch() -> None:
+    code = "import sys, dc_trl.commands.report.run; print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_integers_beyond_floats_are_gaps(tmp_path: Path) -> None:

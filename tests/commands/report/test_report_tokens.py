@@ -22,7 +22,7 @@ from dc_trl.commands.report.run import build_report
 from dc_trl.commands.report.text import duration, embedded_json, label, number
 from dc_trl.commands.report.tokens import COMPLETIONS, TOKENS, token_view
 from dc_trl.commands.usage import UsageError
-from dc_trl.records.run_log import read_run
+from dc_trl.records.run_reader import read_run
 from dc_trl.records.text import visible
 from dc_trl.records.token_log import SCHEMA
 
