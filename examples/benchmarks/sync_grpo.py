@@ -74,29 +74,36 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
     return fresh.to(torch.float32)
 
 
+def settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Of short runs on a CPU in float32, with a sampler in this process."""
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.completions,
+        "num_generations": 8,
+        "constraint": "none",
+        "rollout_backend": "transformers",
+        "rollout_precision": args.precision,
+    }
+
+
 def train(name: str, rounding: str, args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
     """The log of a run."""
     model, tokenizer = load(name)
     model = plain(model)
     config = DCGRPOConfig(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.completions,
-        num_generations=8,
+        **settings(args, folder),
         max_completion_length=args.new_tokens,
         learning_rate=args.learning_rate,
         seed=args.seed,
-        constraint="none",
         vllm_importance_sampling_correction=False,
-        rollout_backend="transformers",
-        rollout_precision=args.precision,
         sync_rounding=rounding,
     )
     data = Dataset.from_dict({"prompt": list(PROMPTS)})

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sync_grpo import plain
+from sync_grpo import plain, settings
 from sync_rounding import load, packaged_model
 from transformers import PrinterCallback, TrainerCallback
 
@@ -117,23 +117,10 @@ def run(name: str, arm: str, seed: int, args: argparse.Namespace, folder: str) -
     model, tokenizer = load(name)
     training, held_out = split(seed)
     config = DCGRPOConfig(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.completions,
-        num_generations=8,
+        **settings(args, folder),
         max_completion_length=1,
         learning_rate=times * args.learning_rate,
         seed=seed,
-        constraint="none",
-        rollout_backend="transformers",
-        rollout_precision=args.precision,
         sync_rounding=rounding,
     )
     data = Dataset.from_list(training)
