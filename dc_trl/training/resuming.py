@@ -64,7 +64,8 @@ def newest(folder: Path, names: Iterable[str]) -> Choice:
     Raises:
         CheckpointError: there is none.
     """
-    names, passed_over = tuple(names), {}
+    names = tuple(names)
+    passed_over: dict[Path, str] = {}
     for checkpoint in _checkpoints(folder):
         wrong = fault(checkpoint, names)
         if wrong is None:

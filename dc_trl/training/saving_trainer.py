@@ -52,9 +52,9 @@ class SavingTrainer(GuardTrainer):
     def _whole_checkpoint(self, asked: str | bool) -> str:
         """The path to resume from, the same on every process."""
         written_last = seals(self.args.use_adaptive_entropy)
-        if asked is not True:
+        if isinstance(asked, str):
             check_written_to_the_end(Path(asked), written_last)
-            return str(asked)
+            return asked
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:

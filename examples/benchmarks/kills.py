@@ -55,14 +55,19 @@ class Moments:
     """Knows in which phase a process is, counts the calls made in each visit to one, and kills it at the chosen call.
 
     Args:
-        aim: phase, number of the visit and of the call in it; None to count only.
+        aim: phase, number of the visit and of the call in it; None for no kill.
+        counting: count the calls in all phases.
         place: shared memory that holds the number of the phase.
     """
 
-    def __init__(self, aim: tuple[str, int, int] | None, place: Any) -> None:
-        self.aim, self.place = aim, place
+    def __init__(self, aim: tuple[str, int, int] | None, place: Any, counting: bool) -> None:
+        self.aim, self.place, self.counting = aim, place, counting
         self.phases = ["starting"]
         self.visits: dict[str, list[int]] = defaultdict(list)
+
+    def counts(self, phase: str) -> bool:
+        """Whether the calls in a phase are wanted. Counting slows them down."""
+        return self.counting if self.aim is None else self.aim[0] == phase
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -77,7 +82,7 @@ class Moments:
     def _enter(self, phases: list[str]) -> None:
         sys.setprofile(None)
         self.phases, self.place.value = phases, PHASES.index(phases[-1])
-        if len(phases) > 1:
+        if len(phases) > 1 and self.counts(phases[-1]):
             sys.setprofile(self._count)
 
     def _count(self, frame: Any, event: str, argument: Any) -> None:
@@ -143,7 +148,9 @@ def build_trainer(kind: str, folder: str) -> Any:
         length_decay=True,
         **(engine if kind == "engine" else surge),
     )
-    data = Dataset.from_dict({"prompt": [" ".join("a" * (1 + i % 7)) for i in range(32)]})
+    data = Dataset.from_dict(
+        {"prompt": [" ".join("a" * (1 + i % 7)) for i in range(128)]}
+    )  # one epoch, see docs/quickstart.md
     rollouts = {"rollout_func": replayed} if kind == "replayed" else {}
     trainer = DCGRPOTrainer(model, reward, args, train_dataset=data, processing_class=tokenizer, **rollouts)
     trainer.remove_callback(PrinterCallback)
@@ -162,14 +169,14 @@ def announce(trainer: Any, moments: Moments) -> None:
         engine.sync_weights = moments.wrapped("syncing", engine.sync_weights)
 
 
-def train(kind: str, folder: str, resume: bool, aim: tuple[str, int, int] | None, place: Any, began: Any) -> None:
+def train(kind: str, folder: str, resume: bool, aim: Any, counting: bool, place: Any, began: Any) -> None:
     """A run, in a process of its own: writes what it came to beside its folder, if it lives to do so."""
     import torch
 
     from dc_trl.records.whole_files import write_whole
 
     torch.set_num_threads(1)
-    trainer, moments = build_trainer(kind, folder), Moments(aim, place)
+    trainer, moments = build_trainer(kind, folder), Moments(aim, place, counting=counting)
     announce(trainer, moments)
     began.set()
     start = time.monotonic()
@@ -201,23 +208,25 @@ def outcome(trainer: Any) -> dict[str, Any]:
     }
 
 
-def start(kind: str, folder: Path, resume: bool = False, aim: tuple[str, int, int] | None = None) -> tuple[Any, ...]:
+def start(kind: str, folder: Path, resume: bool = False, aim: Any = None, counting: bool = False) -> tuple[Any, ...]:
     """Starts a run. Returns its process, the shared number of its phase, and the event that it has begun to train."""
     context = multiprocessing.get_context("forkserver")  # each run is a fork of one that has loaded the libraries
     context.set_forkserver_preload(["dc_trl.trainer", "datasets", "transformers.models.qwen3"])
     place, began = context.Value("i", 0), context.Event()
-    process = context.Process(target=train, args=(kind, str(folder), resume, aim, place, began))
+    process = context.Process(target=train, args=(kind, str(folder), resume, aim, counting, place, began))
     process.start()
     return process, place, began
 
 
-def finish(kind: str, folder: Path, resume: bool) -> dict[str, Any]:
+def finish(kind: str, folder: Path, resume: bool, counting: bool = False) -> dict[str, Any]:
     """Runs to the end, and returns the outcome.
 
     Raises:
         RuntimeError: the run failed.
     """
-    process, *_shared = start(kind, folder, resume)  # shared memory is there for as long as it has a name here
+    process, *_shared = start(
+        kind, folder, resume, counting=counting
+    )  # shared memory is there for as long as it has a name here
     process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"the {kind} run in {folder} ended with {process.exitcode}: see its output above.")
@@ -240,7 +249,7 @@ def whole(checkpoint: Path, reference: Path) -> bool:
     return names >= {path.name for path in (reference / checkpoint.name).iterdir()}
 
 
-def differences(result: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+def differences(result: dict[str, Any], reference: dict[str, Any], resumed_from: int) -> list[str]:
     """What a run came to that is not what the reference came to; of the log, the keys, with their first step."""
     found = [name for name in COMPARED if result[name] != reference[name]]
     if [entry["step"] for entry in result["logged"]] != [entry["step"] for entry in reference["logged"]]:
@@ -248,7 +257,9 @@ def differences(result: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     first: dict[str, int] = {}
     for ours, theirs in zip(result["logged"], reference["logged"], strict=False):
         for key in ours.keys() | theirs.keys():
-            if ours.get(key) != theirs.get(key):
+            # The first sync of a process has none before it to be measured against.
+            first_sync = key.startswith("dc/sync/") and theirs["step"] == resumed_from + 1
+            if ours.get(key) != theirs.get(key) and not first_sync:
                 first.setdefault(key, theirs["step"])
     return found + [f"{key} from step {step}" for key, step in sorted(first.items())]
 
@@ -259,7 +270,7 @@ def kill(kind: str, phase: str, folder: Path, reference: dict[str, Any], chance:
     process, place, began = start(kind, folder, aim=aim)
     if phase == CLOCK:
         began.wait()
-        process.join(0.9 * chance.random() * reference["seconds"])
+        process.join(0.5 * chance.random() * reference["seconds"])  # which counting has doubled, or nearly
         process.kill()
     process.join()
     if process.exitcode not in (0, -signal.SIGKILL):
@@ -279,7 +290,7 @@ def kill(kind: str, phase: str, folder: Path, reference: dict[str, Any], chance:
         "resumed_from": starts[-1],
         "newest_whole": int(good[-1].name.split("-")[1]) if good and not ended else 0,
         "multiplier": round(result["multiplier"], 4),
-        "differs_in": differences(result, reference),
+        "differs_in": differences(result, reference, starts[-1]),
     }
 
 
@@ -289,7 +300,7 @@ def measure(kills: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     for number in range(kills):
         kind, phase = AIMS[number % len(AIMS)]
         if kind not in references:
-            references[kind] = finish(kind, folder / kind, resume=False) | {"folder": folder / kind}
+            references[kind] = finish(kind, folder / kind, resume=False, counting=True) | {"folder": folder / kind}
         entry = kill(kind, phase, folder / f"{kind}-{number}", references[kind], chance)
         print(json.dumps(entry), file=sys.stderr, flush=True)
         entries.append(entry)
