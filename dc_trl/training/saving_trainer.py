@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from dc_trl.constraint import DiscrepancyConstraint
@@ -61,7 +61,7 @@ class SavingTrainer(GuardTrainer):
                 found = [newest(Path(str(self.args.output_dir)), written_last)]
             except CheckpointError as error:
                 found = [error]
-        (choice,) = broadcast_object_list(found)
+        choice = gather_object(found)[0]
         if isinstance(choice, CheckpointError):
             raise choice
         for path, wrong in choice.passed_over.items():
