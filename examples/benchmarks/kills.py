@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 CLOCK = "clock"
-PHASES = ("starting", "training", "generation", "syncing", "saving")
+PHASES = ("starting", "training", "generation", "syncing", "writing the card", "saving")
 # Of each round of ten kills. Saving comes most often, as that is where something can be left half-written.
 AIMS = (
     ("replayed", "saving"),
@@ -160,6 +160,8 @@ def build_trainer(kind: str, folder: str) -> Any:
 def announce(trainer: Any, moments: Moments) -> None:
     """Has a trainer's phases told to `moments`."""
     trainer.training_step = moments.wrapped("training", trainer.training_step)
+    # By far the most calls of a save, before there is anything of the checkpoint.
+    trainer.create_model_card = moments.wrapped("writing the card", trainer.create_model_card)
     trainer._save_checkpoint = moments.wrapped("saving", trainer._save_checkpoint)
     if trainer.rollout_func is not None:
         trainer.rollout_func = moments.wrapped("generation", trainer.rollout_func)
