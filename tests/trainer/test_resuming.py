@@ -143,6 +143,7 @@ def test_killed_runs_resume_to_the_bit() -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     figures = json.loads(done.stdout)
     assert figures["killed_in"] == {"saving": 2, "syncing": 1}
+    assert figures["half_written"] == 2  # one for each kill in a save
     assert figures["bad"] == 0
 
 
