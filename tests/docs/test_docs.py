@@ -43,6 +43,8 @@ def test_every_logged_key_is_documented_and_the_reverse(tmp_path: Path) -> None:
     options = {"length_decay": True, "ess_rate": True, "rejection": ["icepop"], "tolerance_calibration_batches": 1}
     evaluation = {"eval_dataset": PROMPTS.select(range(4)), "eval_strategy": "steps", "eval_steps": 2}
     produced = logged_keys(dc_trainer(tmp_path, **options, **evaluation)) | surge_keys()
+    # A run of its own, since a guard knows the usual norm from its ninth step on.
+    produced |= logged_keys(dc_trainer(tmp_path / "guarded", gradient_guard=1e9, max_steps=10))
     produced = {key.replace("rejection/icepop", "rejection/RULE") for key in produced}
     documented = documented_keys()
     assert len(documented) == len(set(documented))
