@@ -73,8 +73,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     train = GRPOTrainer.train
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("resume_from_checkpoint"):  # as after an interruption: the last step is still to be done
+        if kwargs.get("resume_from_checkpoint") or any(
+            args
+        ):  # as after an interruption: the last step is still to be done
             shutil.rmtree(Path(self.args.output_dir, f"checkpoint-{STEPS}"))
+            args, kwargs = (str(Path(self.args.output_dir, f"checkpoint-{STEPS - 1}")),), {}
         result = train(self, *args, **kwargs)
         assert self.state.global_step == STEPS
         collected.append((self.args.output_dir, self.state.log_history))

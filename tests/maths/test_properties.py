@@ -34,7 +34,12 @@ from dc_trl.length_decay import length_decay_scale
 
 GENERATE = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 UNSCORED = (math.nan, math.inf, -math.inf, -9999.0, 0.5)
-MOST = {"prob_diff": 1.0, "prob_ratio": math.expm1(LOG_RATIO_BOUND), "logprob_diff": LOG_RATIO_BOUND}
+MOST = {
+    "prob_diff": 1.0,
+    "prob_ratio": math.expm1(LOG_RATIO_BOUND),
+    "logprob_diff": LOG_RATIO_BOUND,
+    "logit_diff": LOG_RATIO_BOUND,
+}
 
 # On a grid of powers of two, as float32 holds it, so that a comparison is not one of roundings.
 LOGPS = st.integers(-30 * 64, 0).map(lambda n: n / 64)

@@ -442,7 +442,7 @@ def test_notable_states_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureF
     transformers.utils.logging.disable_propagation()
     said = [r.getMessage() for r in caplog.records if "DC-GRPO" in r.getMessage()]
     assert sum("multiplier_max" in m for m in said) == 1
-    assert sum("penalty_share" in m for m in said) == 1
+    assert sum("the penalty is" in m for m in said) == 1
 
 
 def test_the_model_card_says_what_was_constrained(tmp_path: Path) -> None:
