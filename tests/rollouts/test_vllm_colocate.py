@@ -62,7 +62,7 @@ def test_vllm_drives_calibration_and_multiplier(result: dict[str, Any]) -> None:
 
 def test_a_stale_engine_shows_in_the_discrepancy(result: dict[str, Any]) -> None:
     assert result["stale"] > 5 * result["synchronised"]
-    assert 0.4 < result["resynchronised"] / result["synchronised"] < 4
+    assert 0.5 < result["resynchronised"] / result["synchronised"] < 2
 
 
 @pytest.mark.skipif(

@@ -22,7 +22,7 @@ def probe(trainer: Any) -> float:
 
 
 def main(directory: Path, engine: dict[str, Any]) -> None:
-    """Trains, then moves the policy behind the engine's back, then synchronises it."""
+    """Trains, takes the engine elsewhere, moves the policy back behind its back, then synchronises it."""
     policy = str(save_tiny_policy(directory / "policy", tiny_model(**({} if engine else OFF_TILE))))
     options: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64, "max_steps": 5}
     options |= {
@@ -46,9 +46,16 @@ def main(directory: Path, engine: dict[str, Any]) -> None:
     )
     trainer._last_loaded_step = -1
     result["synchronised"] = probe(trainer)
+    trained = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    trainer._last_loaded_step = -1
+    probe(trainer)  # the engine follows
+    # Back again, so that one and the same policy is compared: another one has another floor.
+    with torch.no_grad():
+        for parameter, value in zip(trainer.model.parameters(), trained, strict=True):
+            parameter.copy_(value)
     result["stale"] = probe(trainer)  # the step has not changed, so TRL does not synchronise
     trainer._last_loaded_step = -1
     result["resynchronised"] = probe(trainer)
