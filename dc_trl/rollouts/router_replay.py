@@ -15,6 +15,7 @@ order, k experts a token, E experts to choose from. A choice is an integer tenso
 at padding, and at the last token of a completion, which the sampler never fed. There the router chooses live.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +37,7 @@ def route_dtype(num_experts: int) -> torch.dtype:
     return torch.int8 if num_experts <= torch.iinfo(torch.int8).max + 1 else torch.int16
 
 
-class _RouterHooks:
+class _RouterHooks(ABC):
     """Hooks on the routers of a model, there while the context is open."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,8 +64,9 @@ class _RouterHooks:
             hook = self._hook(layer, name)
             self._handles.append(router.register_forward_hook(hook))
 
+    @abstractmethod
     def _hook(self, layer: int, name: str) -> Any:
-        raise NotImplementedError
+        """The forward hook of one router."""
 
 
 class RouterRecorder(_RouterHooks):
@@ -192,6 +194,7 @@ class RouterReplay(_RouterHooks):
 
     def _hook(self, layer: int, name: str) -> Any:
         def replay(router: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            """Puts the recorded experts in place of the router's, with the scores that it gives them now."""
             if type(router) not in _checked:
                 check_scores(name, router, output)
                 _checked.add(type(router))

@@ -106,6 +106,7 @@ def _sources(root: nn.Module) -> list[tuple[str, Tensor | nn.Module]]:
     adapters, wrappers = _peft_classes()
 
     def visit(module: nn.Module, prefix: str) -> None:
+        """Adds what a module holds itself, and then what its children hold."""
         if isinstance(module, wrappers):
             visit(_in_use(module), prefix)
             return

@@ -73,9 +73,11 @@ def test_every_sampling_parameter_of_vllm_is_decided() -> None:
 
 def test_neutral_values_are_values_that_vllm_takes() -> None:
     parameters = pytest.importorskip("vllm.sampling_params").SamplingParams
+    unset = parameters(logprobs=0)
     for name, value in NEUTRAL:
         if OPTIONS[name].vllm:
-            parameters(**{"logprobs": 0, name: value})
+            taken = getattr(parameters(**{"logprobs": 0, name: value}), name)
+            assert taken in (value, getattr(unset, name)), f"{name}={value!r} is {taken!r} to vLLM"
 
 
 def test_none_is_unset_to_transformers_and_an_error_to_vllm(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import requests
 from accelerate import Accelerator
 from hostile import DEEP
-from stub_server import Stub
+from stub_server import Stub, vllm_stub
 from tiny import tiny_model, tiny_tokenizer
 
 from dc_trl.commands.evaluate.engines import Completion, Request, Sampling
@@ -40,8 +40,7 @@ SOUND: dict[str, Any] = {
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
-    with Stub({path: (200, body) for path, body in SOUND.items()}) as server:
+    with vllm_stub(monkeypatch, SOUND) as server:
         yield server
 
 

@@ -16,7 +16,7 @@ import pytest
 from hub_stand_in import HubStandIn
 from places import ROOT, SUPPORT
 from runs import PROMPTS, dc_trainer, replayed_rollouts
-from stub_server import Stub
+from stub_server import Stub, vllm_stub
 from tiny import tiny_model
 from transformers import TrainerCallback
 
@@ -39,8 +39,7 @@ ANSWERS: dict[str, Any] = {
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     """A stub that says yes to all that a trainer asks of a vLLM server."""
-    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
-    with Stub({path: (200, body) for path, body in ANSWERS.items()}) as stub:
+    with vllm_stub(monkeypatch, ANSWERS) as stub:
         yield stub
 
 

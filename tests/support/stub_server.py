@@ -3,8 +3,12 @@
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+
+import pytest
 
 
 class Stub(ThreadingHTTPServer):
@@ -52,3 +56,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
+
+
+@contextmanager
+def vllm_stub(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any]) -> Iterator[Stub]:
+    """A server that gives these answers with status 200, for TRL's client, also where vLLM is not installed."""
+    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
+    with Stub({path: (200, body) for path, body in answers.items()}) as stub:
+        yield stub

@@ -110,4 +110,6 @@ def test_what_belongs_together_stays_whole(
     tmp_path: Path, model: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ragged, "partition", lambda *_: pytest.fail("the batch was split"))
-    dc_trainer(tmp_path, model=tiny_model(**model), max_steps=1, **options).train()
+    trainer = dc_trainer(tmp_path, model=tiny_model(**model), max_steps=1, **options)
+    trainer.train()
+    assert trainer.state.global_step == 1
