@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
+from packaging.version import Version
 from runs import dc_trainer, replayed_rollouts, trl_trainer, weights
 from seams import overrides
 from transformers import Trainer
@@ -15,6 +17,9 @@ from transformers.utils import hf_api
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
+
+# 5.17 has no `private`, and 5.24 has it; the push hands on what it is given.
+PRIVATE = ["private"] if Version(transformers.__version__) >= Version("5.24") else []
 
 PARAMETERS = {
     "_generate": ["prompts"],
@@ -50,7 +55,7 @@ PARAMETERS = {
     ],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "create_model_card": ["model_name", "dataset_name", "tags"],
-    "push_to_hub": ["commit_message", "blocking", "token", "revision", "kwargs"],
+    "push_to_hub": ["commit_message", "blocking", "token", "revision", *PRIVATE, "kwargs"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "log": ["logs", "start_time"],
     "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
