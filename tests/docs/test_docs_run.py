@@ -8,9 +8,10 @@ checked as written and then shortened, with the in-process engine in vLLM's plac
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import trl
@@ -20,6 +21,7 @@ from trl import GRPOTrainer
 
 import dc_trl
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
+from dc_trl.estimators.rejection import RULES
 
 STEPS = 2
 ON_CPU = {"use_cpu": True, "bf16": False}
@@ -61,8 +63,8 @@ def shortened(config: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """Sets the replacements up; the runs of the page are collected in it."""
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    """Sets the replacements up; the runs of the page are collected in it, and its rules go when its test ends."""
     monkeypatch.chdir(tmp_path)
     save_tiny_policy("Qwen/Qwen3-0.6B", dtype="float32")
     data = Path("trl-lib/DeepMath-103K/train.jsonl")
@@ -87,7 +89,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     monkeypatch.setattr(DCGRPOTrainer, "push_to_hub", lambda *a, **k: None)
     monkeypatch.setattr(dc_trl, "DCGRPOConfig", shortened(DCGRPOConfig))
     monkeypatch.setattr(trl, "GRPOConfig", shortened(trl.GRPOConfig))
-    return collected
+    with patch.dict(RULES):
+        yield collected
 
 
 def run_page(page: str) -> dict[str, Any]:
