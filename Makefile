@@ -78,7 +78,7 @@ check: lint ## lint, and the tests that are quick and need no vLLM
 test: lint browser ## lint, then the whole test suite; PYTEST_ARGS passes options on
 	$(PYTEST) $(PYTEST_ARGS)
 
-bench: install ## the benchmarks behind the numbers in the README
+bench: install ## the benchmarks behind the numbers of docs/speed.md and docs/engines.md
 	@for script in examples/benchmarks/*.py; do
 		echo "== $$script"
 		$(PY) "$$script"

@@ -14,6 +14,7 @@ Writes the figure of docs/method.md and prints its numbers; takes seconds.
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,14 @@ class Plant:
         gain: by how much the level falls for each unit of λ, in units of d.
         delay: batches between a λ and the first update that it acts in.
         noise: standard deviation of a batch's mean about d, in units of d.
+        floor: level below which no penalty brings d; the default is that there is none.
     """
 
     response: float
     gain: float
     delay: int = 0
     noise: float = 0.0
+    floor: float = -math.inf
 
 
 def poles(loop_gain: float, response: float, delay: int) -> np.ndarray:
@@ -95,7 +98,8 @@ def simulate(
         multipliers.append(dual.value)
         acting = multipliers[k - plant.delay] if k >= plant.delay else dual.init
         dual.step(max(d + noise[k], 0.0) - tolerance)
-        d = max(d + plant.response * (level - plant.gain * acting - d), 0.0)
+        target = max(level - plant.gain * acting, plant.floor)
+        d = max(d + plant.response * (target - d), 0.0)
     return np.array(discrepancies), np.array(multipliers)
 
 

@@ -147,7 +147,7 @@ def check_scores(name: str, router: nn.Module, output: tuple[Tensor, ...]) -> No
         raise RuntimeError(
             f"the router {name} ({type(router).__name__}) of transformers {transformers_version} scores experts in "
             "another way than router replay knows. Set `router_replay=False`, or install the version of transformers "
-            "that the README names."
+            "that docs/seams.md names."
         )
 
 

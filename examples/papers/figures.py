@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of docs/results.md."""
+"""The figures of docs/results.md, and the README's."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +22,8 @@ ROUNDING_ARMS = {
 }
 CAUSE_ARMS = ("plain", "exact")
 REMEDY_ARMS = ("nearest", "nearest-tis", "nearest-dc", "nearest-dc-strong", "nearest-decay", "nearest-x2", "dither")
+# The arms of the README's figure, in its words.
+SYNC_NAMES = {"nearest": "sync rounds to nearest", "dither": "sync rounds with a dither (dc-trl)"}
 DPI = 110
 
 
@@ -32,6 +34,9 @@ def draw(lines: Sequence[Line], theory: Sequence[Line], folder: Path) -> None:
         figure = picture(lines)
         if figure is not None:
             _save(figure, folder / f"results-{name}.png")
+    figure = _sync(lines)
+    if figure is not None:
+        _save(figure, folder / "sync.png")
     if theory:
         _save(_toy([x for x in theory if x["calculation"] == "toy"]), folder / "results-toy.png")
         _save(_entropy([x for x in theory if x["calculation"] == "entropy"]), folder / "results-entropy.png")
@@ -49,14 +54,22 @@ def _curves(lines: Sequence[Line], regime: str, arm: str, name: str) -> np.ndarr
     return np.array(found, dtype=float) if found else None
 
 
-def _plot(axes: Axes, lines: Sequence[Line], regime: str, arms: Sequence[str], name: str, rollouts: int) -> None:
+def _plot(
+    axes: Axes,
+    lines: Sequence[Line],
+    regime: str,
+    arms: Sequence[str],
+    name: str,
+    rollouts: int,
+    names: Mapping[str, str] | None = None,
+) -> None:
     """Draws the mean of each arm's curves, and a band from the lowest to the highest seed."""
     for number, arm in enumerate(arms):
         curves = _curves(lines, regime, arm, name)
         if curves is None:
             continue
         x = np.linspace(0, rollouts, curves.shape[1])
-        label = f"{arm} (n = {len(curves)})"
+        label = f"{(names or {}).get(arm, arm)} (n = {len(curves)})"
         axes.plot(x, np.nanmean(curves, 0), color=f"C{number}", label=label, linewidth=1.5)
         axes.fill_between(x, np.nanmin(curves, 0), np.nanmax(curves, 0), color=f"C{number}", alpha=0.12, linewidth=0)
     axes.set_xlabel("rollouts")
@@ -76,6 +89,18 @@ def _rounding(lines: Sequence[Line]) -> Any:
         _plot(row[1], lines, regime, arms, "discrepancy", 60)
         row[1].set_yscale("log")
         row[1].set_ylabel("mean |π − μ|")
+    return figure
+
+
+def _sync(lines: Sequence[Line]) -> Any:
+    if not any(line["regime"] == "unseen-fp8" for line in lines):
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    for panel, name in zip(axes, ("discrepancy", "accuracy"), strict=True):
+        _plot(panel, lines, "unseen-fp8", list(SYNC_NAMES), name, 60, SYNC_NAMES)
+    axes[0].set(yscale="log", ylabel="mean |π − μ|", title="Discrepancy of trainer and fp8 sampler")
+    axes[1].set(ylabel="accuracy", title="What the fp8 sampler has learnt")
+    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 

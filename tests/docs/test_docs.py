@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import DOCS, PAGES, rows
+from pages import DOCS, PAGES, README, rows
 from runs import PROMPTS, dc_trainer, replayed_rollouts, trl_trainer
 from trl import GRPOConfig
 
@@ -125,7 +125,7 @@ def test_python_blocks_parse(page: Path) -> None:
         assert ast.parse(block).body
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda path: path.name)
 def test_links_between_pages_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("http://", "https://")):
@@ -143,7 +143,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda path: path.name)
 def test_pages_name_only_keys_that_exist(page: Path) -> None:
     known = set(documented_keys())
     named = re.findall(r"`((?:dc|length_decay|ess_rate|sampling)/[\w/]+)`", page.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from pages import DOCS, PAGES, rows
+from pages import DOCS, PAGES, README, rows
 from runs import dc_trainer
 from tiny import tiny_model, tiny_tokenizer
 from trl import GRPOConfig
@@ -188,7 +188,7 @@ def test_the_commands_are_those_of_the_command_line() -> None:
     assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == list(COMMANDS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda path: path.name)
 def test_commands_on_the_pages_have_options_that_exist(page: Path) -> None:
     known = set(make_parser()._option_string_actions)
     known |= set(launch_command_parser()._option_string_actions)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of docs/."""
+"""The pages of docs/, and the README."""
 
 import re
 
@@ -7,6 +7,7 @@ from places import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+README = ROOT / "README.md"
 
 
 def rows(page: str) -> list[list[str]]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of seams is complete: what the source uses of others without their word for it, README and docstring agree.
+"""The list of seams is complete: what the source uses of others without their word for it, page and docstring agree.
 
 `test_contract.py` holds how the seams behave. A name that turns up here as missing from the list wants a look at
-whether its owner documents something else that would do; if not, it goes into the list, into the README and, if it is
-the trainer's, into the docstring of `DCGRPOTrainer`.
+whether its owner documents something else that would do; if not, it goes into the list, into docs/seams.md and, if it
+is the trainer's, into the docstring of `DCGRPOTrainer`.
 """
 
 import inspect
@@ -179,8 +179,8 @@ def test_the_docstring_lists_the_trainers_seams() -> None:
     assert listed("\n".join(heads)) == SEAMS["GRPOTrainer"]
 
 
-def test_the_readme_lists_every_seam() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## How it hooks into TRL")[2]
-    rows = [line.split("|")[1] for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+def test_the_page_lists_every_seam() -> None:
+    section = (ROOT / "docs" / "seams.md").read_text(encoding="utf-8").partition("## TRL's trainer")[2]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
     names = {name for owner, held in SEAMS.items() for name in held}
     assert listed("\n".join(rows)) - set(OWNERS) == names - set(OWNERS)
