@@ -312,7 +312,7 @@ class DCGRPOTrainer(SavingTrainer):
         mean = mean_discrepancy(summary, self.args.discrepancy_average).item()
         values = {f"dc/{key}": v.item() for key, v in metrics(summary, self.args.discrepancy_average).items()}
         values |= {f"dc/{key}": value for key, value in self._constraint.metrics(mean).items()}
-        values |= {f"dc/{key}": v.item() for key, v in self._rejection_metrics(rejected).items()}
+        values |= {f"dc/{key}": v.item() for key, v in self._rejection_metrics(rejected.sum(0)).items()}
         if self.args.corrects_itself and self.vllm_importance_sampling_correction:
             values |= {f"sampling/{key}": v.item() for key, v in correction_metrics(summary).items()}
         for key, value in values.items():

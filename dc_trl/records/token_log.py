@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from dc_trl.discrepancy import is_scored
-from dc_trl.records.token_schema import FOLDER, SCHEMA
+from dc_trl.records.token_schema import FOLDER, OPTIONAL, SCHEMA
 from dc_trl.step import Step
 
 Decode = Callable[[list[int]], str]
@@ -40,21 +40,22 @@ class TokenLog:
             inputs: TRL's batch, for `prompt_ids`, `prompt_mask` (B, P), `completion_ids` and `completion_mask` (B, T).
             step: the record of the same micro-batch.
         """
-        self._collected.append(
-            {
-                "prompt_ids": inputs["prompt_ids"],
-                "prompt_mask": inputs["prompt_mask"],
-                # A dropped group is out of the completion mask, and measured all the same.
-                "shown": inputs["completion_mask"].bool() | step.masks.scored,
-                "token_id": inputs["completion_ids"],
-                "train_logp": step.train_logps,
-                "sampling_logp": step.sampling_logps,
-                "discrepancy": step.discrepancy,
-                "penalty": step.penalty,
-                "advantage": step.advantages,
-                "valid": step.masks.scored,
-            }
-        )
+        batch = {
+            "prompt_ids": inputs["prompt_ids"],
+            "prompt_mask": inputs["prompt_mask"],
+            # A dropped group is out of the completion mask, and measured all the same.
+            "shown": inputs["completion_mask"].bool() | step.masks.scored,
+            "token_id": inputs["completion_ids"],
+            "train_logp": step.train_logps,
+            "sampling_logp": step.sampling_logps,
+            "discrepancy": step.discrepancy,
+            "penalty": step.penalty,
+            "advantage": step.advantages,
+            "valid": step.masks.scored,
+        }
+        if step.rejected_tokens is not None:
+            batch["rejected"] = step.rejected_tokens
+        self._collected.append(batch)
 
     def end_iteration(self) -> None:
         """What was collected becomes the iteration that `write` writes."""
@@ -97,6 +98,8 @@ def _table(step: int, sequences: list[dict[str, np.ndarray]], decode: Decode) ->
     columns["completion"] = np.repeat(np.arange(len(sequences)), lengths)
     columns["token"] = _dictionary(token_index, [decode([token]) for token in ids.tolist()])
     columns["prompt"] = _dictionary(columns["completion"], prompts)
+    for name in OPTIONAL:
+        columns.setdefault(name, pa.nulls(sum(lengths)))
     arrays = [pa.array(columns[field.name]).cast(field.type) for field in SCHEMA]
     return pa.table(arrays, schema=SCHEMA)
 
@@ -110,12 +113,14 @@ _TOKEN_COLUMNS = (
     "penalty",
     "advantage",
     "valid",
+    *OPTIONAL,
 )
 
 
 def _sequences(batch: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """The sequences of a micro-batch, each as columns of its scored tokens and the ids of its prompt."""
-    columns = {name: _column(batch[name].expand_as(batch["token_id"])) for name in _TOKEN_COLUMNS}
+    names = [name for name in _TOKEN_COLUMNS if name in batch]
+    columns = {name: _column(batch[name].expand_as(batch["token_id"])) for name in names}
     scored = (batch["shown"] & is_scored(batch["sampling_logp"])).cpu().numpy()
     prompts = _column(batch["prompt_ids"])
     prompt_masks = batch["prompt_mask"].bool().cpu().numpy()

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rejecting import ALIGNED, BOUNDS, FAR, REUSED, marked, run, some
 from runs import dc_trainer, logged, record_losses, replayed_rollouts
 
 from dc_trl.records.token_log import SCHEMA, TokenLog
@@ -96,6 +97,24 @@ def test_tokens_that_do_not_count_are_marked(tmp_path: Path) -> None:
     dc_trainer(tmp_path, log_tokens=True, max_steps=1, rollout_func=rollout).train()
     frame = tokens(tmp_path, 1)
     assert set(frame.loc[~frame["valid"], "position"]) == {0} and (frame.loc[~frame["valid"], "penalty"] == 0).all()
+
+
+@pytest.mark.parametrize("layout", [ALIGNED, REUSED], ids=["aligned", "reused"])
+def test_what_rejection_left_out_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any) -> None:
+    options = {"rejection": ["icepop"], "rejection_bounds": BOUNDS, "log_tokens": True}
+    _, trainer = run(tmp_path, monkeypatch, marked(some), layout, **options)
+    frame = tokens(tmp_path, trainer.state.global_step)
+    far = frame["sampling_logp"] == FAR
+    assert frame["rejected"].dtype == bool and 0 < far.sum() < len(frame)
+    assert (frame["rejected"] == far).all()
+    assert frame["rejected"].mean() == pytest.approx(logged(trainer, "dc/rejection/any/tokens")[0])
+    assert frame["valid"].all() and (frame["discrepancy"] > 0).all()  # it is measured all the same
+    assert ((frame["penalty"] > 0) == ~far).all()
+
+
+def test_without_rules_nothing_is_said_of_rejection(tmp_path: Path) -> None:
+    dc_trainer(tmp_path, log_tokens=True, max_steps=1).train()
+    assert tokens(tmp_path, 1)["rejected"].isna().all()
 
 
 def test_only_the_writing_rank_decodes(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ REPLAYED = (
     "replayed",
     "rejected",
     "rejected_early",
+    "rejected_rank",
+    "rejected_rank_early",
     "truncated",
     "environment",
 )  # rollouts that do not depend on the number of processes
@@ -107,6 +109,23 @@ def test_a_rank_without_tokens_takes_part(ranks: tuple[dict[str, Any], dict[str,
         )
         assert values(report, "dc/discrepancy/mean")[0] != values(full, "dc/discrepancy/mean")[0]
         assert values(report, "grad_norm")[0] > 0
+
+
+@pytest.mark.parametrize("name", ["rejected_rank", "rejected_rank_early"])
+def test_a_rank_that_is_rejected_whole_trains_on_nothing_and_says_so_once(
+    ranks: tuple[dict[str, Any], dict[str, Any]], name: str, tmp_path: Path
+) -> None:
+    two, one = ranks[0][name], RUNS[name](tmp_path, 1)
+    assert all(0 < share < 1 for share in values(two, "dc/rejection/icepop/tokens"))
+    # Rank 0's tokens are divided by what is left of both ranks, so the loss is that of one process with all of them.
+    assert values(two, "loss") == pytest.approx(values(one, "loss"), rel=1e-4, abs=1e-6)
+    assert any(loss != 0 for loss in values(two, "loss"))
+    assert values(two, "grad_norm") == pytest.approx(values(one, "grad_norm"), rel=1e-3)
+    said, others = ([m for m in rank[name]["warnings"] if "rejected every token" in m] for rank in ranks)
+    assert len(said) == 1 and not others
+    assert "every token of process 1 (of 0 to 1)" in said[0] and "icepop 100%" in said[0]
+    assert "`rejection_bounds`" in said[0]
+    assert not [message for message in one["warnings"] if "rejected every token" in message]
 
 
 def test_each_rank_replays_the_experts_of_its_own_tokens(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from dc_trl.commands.report.text import NAME_LIMIT
 from dc_trl.records.run_reader import Run
 from dc_trl.records.text import visible
-from dc_trl.records.token_schema import FOLDER, SCHEMA
+from dc_trl.records.token_schema import FOLDER, OPTIONAL, SCHEMA
 
 STEPS = 4
 """Token logs shown of a run, unless one is asked for."""
@@ -63,16 +63,17 @@ class _Log:
     @classmethod
     def read(cls, path: Path) -> "_Log":
         """Raises ValueError or OSError if the file is no token log, or is not complete yet."""
-        table = pq.ParquetFile(path).read(columns=SCHEMA.names)
-        if missing := set(SCHEMA.names) - set(table.column_names):
+        needed = [kind for kind in SCHEMA if kind.name not in OPTIONAL]
+        table = pq.ParquetFile(path).read(columns=[kind.name for kind in needed])
+        if missing := {kind.name for kind in needed} - set(table.column_names):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-        wrong = [kind.name for kind in SCHEMA if table[kind.name].type != kind.type or table[kind.name].null_count]
+        wrong = [kind.name for kind in needed if table[kind.name].type != kind.type or table[kind.name].null_count]
         if wrong:
             raise ValueError(f"its column {', '.join(wrong)} holds other values than a token log")
         if not table.num_rows:
             raise ValueError("it holds no token")
         table = table.sort_by([("completion", "ascending"), ("position", "ascending")])
-        columns = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("token", "prompt")}
+        columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("token", "prompt")}
         with np.errstate(invalid="ignore", over="ignore"):  # -inf on both sides; "log-probs" of any size
             columns |= {"pi": np.exp(columns["train_logp"]), "mu": np.exp(columns["sampling_logp"])}
             columns["log_ratio"] = columns["train_logp"] - columns["sampling_logp"]

@@ -107,6 +107,20 @@ def test_a_token_log_with_other_values_is_left_out(tmp_path: Path, column: str) 
     assert f"was left out: its column {column} holds other values" in report(tmp_path).text
 
 
+@pytest.mark.parametrize("rejected", ["no column", None, True])
+def test_a_token_log_is_shown_with_and_without_what_was_rejected(tmp_path: Path, rejected: bool | str | None) -> None:
+    path = write_tokens(write_log(tmp_path, [{"step": 1}]), 1, sentence(0, ["a", "b"]))
+    table = pq.read_table(path)
+    if rejected == "no column":
+        pq.write_table(table.drop_columns("rejected"), path)  # as before there were rules
+    else:
+        column = pa.array([rejected, rejected], pa.bool_())
+        pq.write_table(table.set_column(table.schema.get_field_index("rejected"), "rejected", column), path)
+    page = report(tmp_path)
+    assert [step["completions"][0]["text"] for step in page.data["steps"]] == [["a", "b"]]
+    assert "was left out" not in page.text
+
+
 def test_the_histogram_puts_tokens_in_the_bucket_of_mu(tmp_path: Path) -> None:
     folder = write_log(tmp_path, surge_entries(5))
     rows = sentence(0, ["a", "b", "c", "d"])
