@@ -15,6 +15,7 @@ from dc_trl.commands.report import tokens
 from dc_trl.commands.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
 from dc_trl.commands.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel
 from dc_trl.commands.report.text import duration, embedded_json, number
+from dc_trl.commands.report.verdict.strip import strip
 from dc_trl.records.run_reader import Run, is_finite
 from dc_trl.records.text import escaped, visible
 from dc_trl.rollouts.engines import engine_name
@@ -55,6 +56,7 @@ def render(runs: list[Run], ages: list[float], view: tokens.TokenView, plotly: s
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=escaped(__version__),
         head=_head(runs),
+        verdicts=strip(runs),
         summary=_summary(runs, ages),
         main="\n".join(_panel(panel, drawn, runs) for panel, drawn in panels[: len(MAIN_PANELS)]),
         tail="\n".join(_panel(panel, drawn, runs) for panel, drawn in panels[len(MAIN_PANELS) :]),

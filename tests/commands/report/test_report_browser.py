@@ -174,6 +174,32 @@ def test_another_step_can_be_chosen(browser: Browser, plain: Path) -> None:
         assert page.locator(".prompt").inner_text() == "p"
 
 
+# The contrast of an element's text with what is behind it, by WCAG 2.
+CONTRAST = """element => {
+  const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+  const linear = (c) => c / 255 <= .03928 ? c / 255 / 12.92 : ((c / 255 + .055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+  let behind = element;
+  while ((parts(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) behind = behind.parentElement;
+  const text = luminance(parts(getComputedStyle(element).color));
+  const ground = luminance(parts(getComputedStyle(behind).backgroundColor));
+  return (Math.max(text, ground) + .05) / (Math.min(text, ground) + .05);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_verdicts_are_words_too_and_every_word_is_readable(browser: Browser, tmp_path: Path, scheme: str) -> None:
+    values = {"dc/discrepancy/mean": 0.004, "dc/tolerance": 0.005, "dc/ess": 0.1, "dc/penalty_share": 0.2}
+    folder = write_log(tmp_path, [{"step": step, "reward": 0.5} | values for step in (1, 2)])
+    report_command([str(folder)])
+    with Visit(browser, folder / "report.html", scheme=scheme) as page:
+        assert page.locator(".verdict h2").inner_text() == "✕ red 1 out of range, 1 to look into, 1 in range"
+        page.locator(".verdict summary").click()
+        assert page.locator(".verdict .judged .badge").all_inner_texts() == ["✕ red", "! amber", "✓ green"]
+        for text in page.locator(".verdict :is(h2, h3, p, .badge, a, summary, code, .value)").all():
+            assert text.evaluate(CONTRAST) >= 4.5, text.inner_text()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_screenshot_has_content_in_both_themes(browser: Browser, plain: Path, scheme: str) -> None:
     with Visit(browser, plain, scheme=scheme) as page:
