@@ -2,14 +2,12 @@
 """The demo of the README: a short run from end to end, offline."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from places import ROOT
+from processes import run_python
 from transformers import AutoModelForCausalLM
 
 STEPS = 4
@@ -19,12 +17,8 @@ STEPS = 4
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder that a short run wrote, and its output."""
     folder = tmp_path_factory.mktemp("demo")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sizes = ("--steps", str(STEPS), "--held_out", "16", "--batch_size", "16", "--warmup_steps", "20")
-    command = [sys.executable, str(ROOT / "examples/demo.py"), "--output_dir", str(folder), *sizes]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(ROOT / "examples/demo.py", "--output_dir", folder, *sizes, cwd=folder)
     return folder, done.stdout
 
 

@@ -2,9 +2,6 @@
 """Two gloo ranks on the CPU: they agree with each other to the bit, and with one process up to rounding."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from distributed_run import RUNS
 from places import SUPPORT
+from processes import run_ranks
 from tiny import published_model
 
 from dc_trl.rollouts.rounding import Dither
@@ -30,13 +28,7 @@ REPLAYED = (
 
 def launch(directory: Path, *runs: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The reports of both ranks."""
-    # Not `accelerate launch --cpu --num_processes 2`, which starts one process and says nothing.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    done = subprocess.run(
-        [*command, "2", str(directory), *runs], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_ranks(SCRIPT, "2", directory, *runs)
     first, second = (torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     return first, second
 
