@@ -172,7 +172,8 @@ def summary(runs: list[dict[str, Any]]) -> str:
         first, last = (mean(run["discrepancy"][i] for run in of_arm) for i in (0, -1))
         cells.append(f"{first:.4f} to {last:.4f}")
         lines.append(f"{arm:12s}{len(of_arm):6d}" + "".join(f"{cell:>22s}" for cell in cells))
-    lines += [f"{arm} above nearest: {above_nearest(runs, arm)}" for arm in ARMS if arm != "nearest"]
+    known = {run["arm"] for run in runs} - {"nearest"}
+    lines += [f"{arm} above nearest: {above_nearest(runs, arm)}" for arm in ARMS if arm in known]
     return "\n".join(lines)
 
 
