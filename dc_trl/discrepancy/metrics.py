@@ -19,6 +19,10 @@ PERCENTS = (50, 90, 99)
 def mean_discrepancy(summary: Tensor, average: str = "trajectory") -> Tensor:
     """The constrained mean d̄ (eq. 11): over trajectories of their token means, or over all tokens (`"token"`).
 
+    Args:
+        summary: (K,), of `summarise` or `combine`.
+        average: `"trajectory"` or `"token"`.
+
     Returns:
         Scalar; NaN if no token counts.
     """
@@ -36,6 +40,9 @@ def metrics(summary: Tensor, average: str = "trajectory") -> dict[str, Tensor]:
     Args:
         summary: (K,), of `summarise` or `combine`.
         average: `"trajectory"` or `"token"`, for `discrepancy/mean`.
+
+    Returns:
+        Scalars under the keys of docs/metrics.md without `dc/`; NaN where no token counts.
     """
     s = named(summary)
     n, sequences = s["valid"], s["trajectories"]
@@ -70,9 +77,13 @@ def metrics(summary: Tensor, average: str = "trajectory") -> dict[str, Tensor]:
 
 
 def correction_metrics(summary: Tensor) -> dict[str, Tensor]:
-    """What TRL logs under `sampling/` for its own correction, from the same summary: scalars under TRL's key names.
+    """What TRL logs under `sampling/` for its own correction, from the same summary.
 
-    NaN where no token counts, as in `metrics`: TRL's log makes it null.
+    Args:
+        summary: (K,), of `summarise` or `combine`.
+
+    Returns:
+        Scalars under TRL's keys without `sampling/`; NaN where no token counts, which TRL's log makes null.
     """
     s = named(summary)
     n = s["valid"]

@@ -205,7 +205,14 @@ def _flat(parts: dict[str, Tensor]) -> Tensor:
 
 
 def combine(summaries: Tensor) -> Tensor:
-    """Merges summaries (N, K), of micro-batches or of ranks, into one (K,): sums add, maxima are maximised."""
+    """Merges summaries of micro-batches or of ranks: sums add, maxima are maximised.
+
+    Args:
+        summaries: (n, K).
+
+    Returns:
+        (K,).
+    """
     summary = summaries.sum(0)
     summary[_MAXIMA_AT:_HISTOGRAMS_AT] = summaries[:, _MAXIMA_AT:_HISTOGRAMS_AT].amax(0)
     return summary

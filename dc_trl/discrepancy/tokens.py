@@ -139,6 +139,14 @@ def valid_tokens(sampling_logps: Tensor, mask: Tensor, train_logps: Tensor | Non
 
 
 def trajectory_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of `values` (B, T) over each sequence's `valid` tokens, (B, 1); 0 for a sequence that has none."""
+    """The mean over each sequence's valid tokens.
+
+    Args:
+        values: (B, T).
+        valid: (B, T) bool.
+
+    Returns:
+        (B, 1); 0 for a sequence without a valid token.
+    """
     total = torch.where(valid, values, torch.zeros_like(values)).sum(-1, keepdim=True)
     return total / valid.sum(-1, keepdim=True).clamp(min=1)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/api.md lists what the code has, no more and no less: names, parameters, defaults, members, options."""
+"""docs/api.md is what docs/write_api.py makes of the docstrings, and lists what the code has, no more and no less."""
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +84,32 @@ def source_of_default(value: Any, module: Any) -> Any:
     return constants.get(id(value), repr(value)) if isinstance(value, str) else repr(value)
 
 
+def test_the_page_is_what_the_docstrings_say() -> None:
+    assert writer().page() == TEXT, "run `python docs/write_api.py`"
+
+
+def test_what_has_no_word_is_an_error() -> None:
+    def silent(number):  # type: ignore[no-untyped-def]
+        return number
+
+    with pytest.raises(LookupError, match="dc_trl.silent has no docstring"):
+        writer().docstring(silent, "dc_trl.silent")
+    silent.__doc__ = "Says nothing of its parameter."
+    with pytest.raises(LookupError, match="dc_trl.silent says nothing of its parameter number"):
+        list(writer().parameters(silent, "dc_trl.silent", writer().docstring(silent, "dc_trl.silent")))
+
+
+@cache
+def writer() -> Any:
+    spec = importlib.util.spec_from_file_location("write_api", DOCS / "write_api.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def callables() -> list[str]:
     return [name for name in sections() if name != "dc_trl.DCGRPOConfig"]
 
@@ -100,7 +128,8 @@ def test_signatures_are_those_of_the_code(name: str) -> None:
 
 @pytest.mark.parametrize("name", callables())
 def test_every_parameter_is_explained(name: str) -> None:
-    explained = re.findall(r"^- `([a-z]\w*)`: \S", sections()[name], flags=re.MULTILINE)
+    parameters = sections()[name].partition("\nParameters:\n\n")[2].partition("\n\n")[0]
+    explained = re.findall(r"^- `([a-z]\w*)`: \S", parameters, flags=re.MULTILINE)
     assert explained == list(inspect.signature(resolve(name)).parameters)
 
 
