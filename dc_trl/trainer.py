@@ -65,6 +65,7 @@ class DCGRPOTrainer(SavingTrainer):
     - `log`, `callback_handler`, `_tokenizer`: metrics of length-decay and of the gradient norm; the token log
     - `push_to_hub`, `_push_from_checkpoint`: a push sends the model and its card
     - `_save_rng_state`, `train`: a checkpoint is sealed when every process has written it, and resumed from if it is
+    - `_run_epoch`, `control`: a finished run that is resumed trains nothing
     - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`, `_name`, `_paper`, `_tag_names`: state, card
     - `vllm_generation`, `use_vllm`, `vllm_mode`, `_last_loaded_step`, `temperature`: the slot of the rollout engine,
       `sync_weights()` and `generate()`
