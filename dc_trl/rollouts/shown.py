@@ -42,6 +42,7 @@ WORDS = frozenset(
         "kv_cache_dtype",
         "linear_backend",
         "load_format",
+        "log_format",
         "logprobs_mode",
         "loss_type",
         "lr_scheduler_type",

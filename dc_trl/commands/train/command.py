@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from dc_trl.commands.quiet import whole_lines
 from dc_trl.commands.train.arguments import (
     CommandLine,
     TrainArguments,
@@ -55,7 +56,8 @@ def train_command(argv: Sequence[str]) -> int:
     except (ValueError, ImportError, OSError) as error:  # wrong values, missing packages, files that do not load
         raise UsageError(str(error)) from error
     try:
-        run.train(training, model, rewards, data, eval_data)
+        with whole_lines():
+            run.train(training, model, rewards, data, eval_data)
     except (GoldAnswerError, CheckpointError) as error:
         raise UsageError(str(error)) from error
     return 0

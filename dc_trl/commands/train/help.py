@@ -126,6 +126,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("gradient_checkpointing", "true|false", "recompute activations: less memory, more time", "True"),
         Flag("use_peft", "", "train a LoRA adapter; --lora_r, --lora_alpha, …", "False"),
         Flag("logging_steps", "N", "steps from one log entry to the next", "10"),
+        Flag("log_format", "line|full", "what a log entry prints; OUTPUT_DIR/log.jsonl has all of it", "line"),
         Flag("log_completions", "", "print completions with each log entry", "False"),
         Flag("log_tokens", "", "write every token's log-probs to OUTPUT_DIR/tokens, for dc-trl report", "False"),
         Flag("report_to", "NAME …", "wandb, trackio, … or none"),
