@@ -52,6 +52,7 @@ WORDS = frozenset(
         "method",
         "model_impl",
         "moe_backend",
+        "prompt_format",
         "quant_algo",
         "quant_method",
         "quantization",

@@ -48,6 +48,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("problem_column", "NAME", "column of the problem; else prompt, problem or question"),
         Flag("answer_column", "NAME", "column of the answer; else reward_model, answer or solution"),
         Flag("prompt_template", "TEXT", "prompt around a problem, with {problem} in it; else asks for a boxed answer"),
+        Flag("prompt_format", "auto|chat|plain", "by the chat template, or as text; auto: what the model has", "auto"),
         Flag("reward_funcs", "NAME …", "accuracy (math-verify), or dotted paths of your own functions", "accuracy"),
         Flag("reward_timeout", "SECONDS", "for math-verify to judge one completion; more is reward 0", "5.0"),
         Flag("reward_workers", "N", "math-verify processes of each rank", "4"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a calibration says while it measures, and what it leaves when it is told to end."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -98,8 +99,12 @@ def test_every_pass_says_how_far_it_is(
 ) -> None:
     monkeypatch.setattr(progress, "FILE_SECONDS", 0.002)
     path = recipe()
+    (path.parent / "policy" / "chat_template.jinja").unlink()  # a base model: plain prompts
     assert main(["calibrate", "--config", str(path)]) == 0
     errors = capsys.readouterr().err.splitlines()
+    assert any("has no chat template, so prompts are plain text (prompt_format: auto)" in line for line in errors)
+    found = json.loads((path.parent / "out" / "calibration.json").read_text(encoding="utf-8"))
+    assert found["run"]["settings"]["prompt_format"] == "plain"
     lines = [line for line in errors if line.startswith("dc-trl calibrate: ")]
     for title in ("pass 1: as loaded", "pass 2: ", "pass 3: ", "pass 4: "):
         told = [line for line in lines if title in line]
