@@ -154,6 +154,12 @@ class DCGRPOConfig(GRPOConfig):
         "With each log entry, write log π, log μ, discrepancy and penalty of every token of the last generation batch "
         "to `output_dir/tokens/`; `dc-trl report` shows them.",
     )
+    log_format: str = _option(
+        "line",
+        "What a log entry prints: `line`, reward, length, discrepancy of tolerance, λ and seconds; `full`, all of it, "
+        "as TRL. `output_dir/log.jsonl` has all in either case.",
+        choices=["line", "full"],
+    )
     router_replay: bool = _option(
         False,
         "Mixtures of experts: train through the experts that the sampler chose for each token, with live scores "

@@ -29,6 +29,7 @@ from dc_trl.training.ess_rate_callback import EssRateCallback
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.judged import Judged
 from dc_trl.training.length_decay_callback import LengthDecayCallback
+from dc_trl.training.line_callbacks import in_lines
 from dc_trl.training.ragged import score_in_parts
 from dc_trl.training.rate_callback import RateCallback
 from dc_trl.training.saving_trainer import SavingTrainer
@@ -154,6 +155,8 @@ class DCGRPOTrainer(SavingTrainer):
             self.add_callback(decay)
         if args.ess_rate:
             self.add_callback(EssRateCallback(args.ess_rate_reference, args.ess_rate_min_scale))
+        if args.log_format == "line":
+            self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
         self.add_callback(RunLogCallback({"rounding_in_force": self._sync_rounding}))
 
     def _handle_dropout(self) -> None:

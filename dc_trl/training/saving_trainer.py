@@ -33,7 +33,8 @@ class SavingTrainer(GuardTrainer):
         if self.is_world_process_zero():
             tolerance, multiplier = self._constraint.tolerance.value, self._constraint.dual.value
             state = (tolerance, multiplier, self._sync_rounding, self.state.log_history)
-            model_card.complete(Path(str(self.args.output_dir)), self.args, *state)
+            chats = bool(getattr(self.processing_class, "chat_template", None))
+            model_card.complete(Path(str(self.args.output_dir)), self.args, *state, chats=chats)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as TRL does. A resumed run goes on from a checkpoint that was written to its end; one that is of the
