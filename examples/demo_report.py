@@ -11,6 +11,8 @@ DISCREPANCY = "dc/discrepancy/mean"
 TOLERANCE = "dc/tolerance"
 MULTIPLIER = "dc/multiplier"
 ENTROPY = "entropy"
+REWARD = "reward"
+UPDATE_SEEN = "dc/sync/update_seen_since_start"
 
 Log = list[dict[str, Any]]
 
@@ -52,6 +54,29 @@ def table(summary: dict[str, Any]) -> str:
     for label, (key, form) in rows.items():
         before, after = (format(summary[f"{key}_{when}"], form) for when in ("before", "after"))
         lines.append(f"  {label:<32}{before:>9}{after:>9}")
+    return "\n".join(lines)
+
+
+def side_by_side(summaries: dict[str, dict[str, Any]]) -> str:
+    """Runs from the same start as the columns of a table, and what it shows, as text.
+
+    Args:
+        summaries: of the runs, by their names.
+    """
+    first = next(iter(summaries.values()))
+    rows = [("accuracy on fresh problems, all steps", [None, *(s["accuracy_all"] for s in summaries.values())], ".1%")]
+    for label, key in (("held-out accuracy, sampled", "accuracy"), ("held-out accuracy, greedy", "greedy")):
+        rows.append((label, [first[f"{key}_before"], *(s[f"{key}_after"] for s in summaries.values())], ".1%"))
+    for label, key, form in (
+        ("discrepancy, mean |π − μ|, all steps", "discrepancy_all", ".4f"),
+        ("tolerance, calibrated", "tolerance", ".4f"),
+        ("multiplier λ, at its highest", "multiplier_max", ".3f"),
+        ("share of the training the sampler has", "update_seen", ".0%"),
+    ):
+        rows.append((label, [None, *(s[key] for s in summaries.values())], form))
+    lines = [f"  {'':<40}" + "".join(f"{name:>12}" for name in ("before", *summaries))]
+    for label, values, form in rows:
+        lines.append(f"  {label:<40}" + "".join(f"{'' if v is None else format(v, form):>12}" for v in values))
     return "\n".join(lines)
 
 

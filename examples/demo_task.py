@@ -19,8 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tqdm import tqdm
-from transformers import BatchEncoding, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from dc_trl.rollouts.quantization import fake_quantize, quantizable_parameters
 from dc_trl.tasks.rewards import MathAccuracyReward
 
 TERMS = 5  # of each sum, every one a digit
@@ -165,3 +166,22 @@ def supervised_batch(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[str, 
         row[: len(prompt)] = -100
     inputs["labels"] = labels
     return inputs
+
+
+@torch.no_grad()
+def round_to_grid(policy: PreTrainedModel, grid: str) -> None:
+    """Rounds a policy's weights in place, to what a sampler of that precision holds exactly.
+
+    Raises:
+        ValueError: for a grid that is not known.
+    """
+    if grid == "bf16":
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+        return
+    if grid != "fp8":
+        raise ValueError(f"`grid` is {grid!r}, which is unknown: use 'bf16', 'fp8' or None.")
+    dims = quantizable_parameters(policy, policy.get_output_embeddings())
+    for name, parameter in policy.named_parameters():
+        if name in dims:
+            parameter.copy_(fake_quantize(parameter, "fp8", dims[name]))

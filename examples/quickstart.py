@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DC-GRPO from start to finish on a laptop: a policy, rollouts in a cheaper precision, a constraint, curves.
 
-    python examples/quickstart.py                          # some 75 s on 2 CPU cores, nothing is downloaded
+    python examples/quickstart.py                          # a minute on 2 CPU cores, nothing is downloaded
     python examples/quickstart.py --precision int3         # a coarser sampler
     python examples/quickstart.py --vllm                   # rollouts by vLLM, in this process
     python examples/quickstart.py --model Qwen/Qwen3-0.6B  # any causal LM, on a GPU
@@ -25,6 +25,8 @@ from demo_report import (
     DISCREPANCY,
     ENTROPY,
     MULTIPLIER,
+    REWARD,
+    UPDATE_SEEN,
     Log,
     ProgressCallback,
     conclusion,
@@ -59,6 +61,9 @@ class DemoArguments:
     precision: str = field(
         default="int4", metadata={"help": "Of the in-process sampler.", "choices": list(PRECISIONS)}
     )
+    sync_rounding: str = field(
+        default="auto", metadata={"help": "Of the weights for the sampler.", "choices": ["auto", "nearest", "dither"]}
+    )
     constraint: str = field(default="lagrangian", metadata={"help": "See DCGRPOConfig.", "choices": list(CONSTRAINTS)})
     tolerance: float | None = field(default=None, metadata={"help": "Of the discrepancy. Default: calibrated."})
     steps: int = field(default=150, metadata={"help": "Optimizer steps of DC-GRPO."})
@@ -83,6 +88,18 @@ def main() -> None:
     set_seed(args.seed)
     training, held_out = load_problems(args)
     model = args.model or make_policy(args, exclude={problem["prompt"] for problem in held_out})
+    summary, log = run(args, model, training, held_out)
+    summary["wall_seconds"] = round(time.perf_counter() - start, 1)
+    save_summary(args, summary)
+    print(f"\nOn {len(held_out)} held-out problems, sampled as deployed:\n{table(summary)}\n")
+    print(f"{conclusion(summary, log)}\n\nCurves, summary, policy and model card: {args.output_dir}")
+    print(f"A page with the curves and the tokens that disagree: dc-trl report {args.output_dir}")
+
+
+def run(
+    args: DemoArguments, model: str, training: list[dict[str, Any]], held_out: list[dict[str, Any]]
+) -> tuple[dict[str, Any], Log]:
+    """Trains a model, measures it before and after, and saves it with its card; returns the summary and the log."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     style = {"pretrained": args.model is not None, "chat": tokenizer.chat_template is not None}
     trainer = build_trainer(args, model, tokenizer, Dataset.from_list(prompts_for(training, **style)))
@@ -92,12 +109,10 @@ def main() -> None:
     with logging_redirect_tqdm():
         trainer.train()
     after = evaluate(trainer, problems, args.seed)
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card(model_name="dc-trl quickstart")
     log = trainer.state.log_history
-    summary = summarise(args, trainer, before, after, log) | {"wall_seconds": round(time.perf_counter() - start, 1)}
-    save(Path(args.output_dir), trainer, summary)
-    print(f"\nOn {len(problems)} held-out problems, sampled by {deployment(trainer)} rollouts:\n{table(summary)}\n")
-    print(f"{conclusion(summary, log)}\n\nCurves, summary, policy and model card: {args.output_dir}")
-    print(f"A page with the curves and the tokens that disagree: dc-trl report {args.output_dir}")
+    return summarise(args, trainer, before, after, log), log
 
 
 def load_problems(args: DemoArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -152,6 +167,7 @@ def build_trainer(
     )
     config = DCGRPOConfig(
         output_dir=args.output_dir,
+        sync_rounding=args.sync_rounding,
         constraint=args.constraint,
         # By default the tolerance is calibrated: 1.25 times the mean discrepancy of the first batches.
         discrepancy_tolerance=args.tolerance,
@@ -217,29 +233,32 @@ def accuracy(trainer: DCGRPOTrainer, problems: list[dict[str, Any]], greedy: boo
 def summarise(
     args: DemoArguments, trainer: DCGRPOTrainer, before: dict[str, float], after: dict[str, float], log: Log
 ) -> dict[str, Any]:
-    """The run in numbers; first and last are means over a tenth of the steps."""
+    """The run in numbers; first and last are means over a tenth of the steps, all over the whole run."""
     run = {f"{key}_{when}": value for when, d in (("before", before), ("after", after)) for key, value in d.items()}
     for name, key in (("discrepancy", DISCREPANCY), ("entropy", ENTROPY)):
         values = series(log, key)
         window = max(1, len(values) // 10)
         run |= {f"{name}_first": mean(values[:window]), f"{name}_last": mean(values[-window:])}
     return run | {
+        "accuracy_all": mean(series(log, REWARD)),
+        "discrepancy_all": mean(series(log, DISCREPANCY)),
+        "update_seen": series(log, UPDATE_SEEN)[-1],
         "steps": trainer.state.global_step,
         "seed": args.seed,
         "model": args.model or "built-in",
         "rollout_backend": trainer.args.rollout_backend,
         "rollout_precision": deployment(trainer),
+        "sync_rounding": args.sync_rounding,
         "constraint": args.constraint,
         "tolerance": trainer.discrepancy_tolerance,
         "multiplier_last": series(log, MULTIPLIER)[-1],
+        "multiplier_max": max(series(log, MULTIPLIER)),
     }
 
 
-def save(folder: Path, trainer: DCGRPOTrainer, summary: dict[str, Any]) -> None:
-    """Writes policy, summary, and the model card with its curves."""
-    trainer.save_model(str(folder))
-    trainer.create_model_card(model_name="dc-trl quickstart")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+def save_summary(args: DemoArguments, summary: dict[str, Any]) -> None:
+    """Writes the summary beside the policy."""
+    Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@ def test_the_trainer_loads_no_command_and_no_plotting() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["report"], ["calibrate"], ["evaluate"], ["export"]], ids=lambda words: " ".join(words)
+    "arguments",
+    [[], ["train"], ["report"], ["calibrate"], ["evaluate"], ["export"]],
+    ids=lambda words: " ".join(words),
 )
 def test_help_loads_nothing_that_it_does_not_need(arguments: list[str]) -> None:
     code = (

@@ -18,10 +18,16 @@ KNOWN = ("4", r"\boxed{4}")
 
 # Bytes a worker may map: 9^(9^9) would take the machine's memory before its time is up. POSIX only.
 _MEMORY_LIMIT = 4 << 30
+_LONGEST_ANSWER = 1_000  # characters of it that are handed back
 
 
 def judge(gold: str, text: str) -> str:
     """The verdict on one completion, here and without a time limit: right, wrong, error or unparsable_gold."""
+    return examine(gold, text)[0]
+
+
+def examine(gold: str, text: str) -> tuple[str, str]:
+    """The verdict, and the answer that was found in the completion, as math-verify reads it; "" where none was."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     announced = [
@@ -31,14 +37,24 @@ def judge(gold: str, text: str) -> str:
     options: dict[str, Any] = {"parsing_timeout": None, "fallback_mode": "no_fallback"}
     expected = parse(_boxed(gold), **options)
     if not expected:
-        return "unparsable_gold"
+        return "unparsable_gold", ""
+    answer: list[Any] = []
     try:
         answer = parse(
             text.rpartition("</think>")[2], announced, extraction_mode="first_match", raise_on_error=True, **options
         )
-        return "right" if verify(expected, answer, timeout_seconds=None, raise_on_error=True) else "wrong"
+        right = verify(expected, answer, timeout_seconds=None, raise_on_error=True)
+        return "right" if right else "wrong", _written(answer)
     except Exception:  # sympy and antlr raise most of what Python has
-        return "error"
+        return "error", _written(answer)
+
+
+def _written(answer: list[Any]) -> str:
+    """The first reading of an answer as text; "" where there is none, or it has no text."""
+    try:
+        return str(answer[0])[:_LONGEST_ANSWER]
+    except Exception:  # no answer; a number of too many digits; what sympy raises
+        return ""
 
 
 def _boxed(gold: str) -> str:
@@ -48,7 +64,10 @@ def _boxed(gold: str) -> str:
 
 
 def _serve(timeout: float) -> None:
-    """Answers one line of JSON, [gold, text], by one line, the verdict, until standard input ends."""
+    """Answers a line of JSON, [gold, text], by a line, the verdict, a tab and the answer that was found, as JSON.
+
+    Until standard input ends.
+    """
     # Ctrl-C and a notebook's interrupt reach the whole process group: the parent decides, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may pass for a verdict
@@ -62,7 +81,8 @@ def _serve(timeout: float) -> None:
     for line in sys.stdin:
         # A parent that was killed kills no workers: a hanging one ends itself.
         faulthandler.dump_traceback_later(2 * timeout + 60, exit=True)
-        print(judge(*json.loads(line)), file=answers, flush=True)
+        verdict, found = examine(*json.loads(line))
+        print(verdict, json.dumps(found), sep="\t", file=answers, flush=True)
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -8,6 +8,7 @@ interrupt a long C call. Here each worker is a Python process of its own (`dc_tr
 import contextlib
 import importlib
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -83,16 +84,22 @@ class MathAccuracyReward:
         completions: list[Any],
         solution: list[Any],
         log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
         **_: Any,
     ) -> list[float | None]:
         """Rewards of `completions` (texts, or message lists) against the gold answers in `solution`.
+
+        `log_extra` gets the answers that were found in the completions, as `answer`; None where none was.
 
         Raises:
             GoldAnswerError: none of the gold answers can be used, and there are several, or none ever could.
             TypeError, ValueError: `solution` is no list of texts, numbers and Nones, one for each completion.
             RuntimeError: a worker did not start.
         """
-        verdicts = self.verdicts(completions, solution)
+        judgements = self._judge(completions, solution)
+        verdicts = [verdict for verdict, _ in judgements]
+        if log_extra is not None:
+            log_extra("answer", [answer for _, answer in judgements])
         found = Counter(verdicts)
         for name in COUNTED:
             if log_metric is not None:  # each name at each call on each rank, because TRL gathers the values
@@ -107,6 +114,10 @@ class MathAccuracyReward:
         Raises:
             TypeError, ValueError, RuntimeError: as for a call.
         """
+        return [verdict for verdict, _ in self._judge(completions, solution)]
+
+    def _judge(self, completions: Sequence[Any], solution: Sequence[Any]) -> list[tuple[str, str | None]]:
+        """The verdict on each completion, and the answer that was found in it."""
         if isinstance(solution, str) or len(solution) != len(completions):
             count = "is a text" if isinstance(solution, str) else f"has {len(solution)} entries"
             raise ValueError(
@@ -117,16 +128,19 @@ class MathAccuracyReward:
         if self._workers is None:
             self._workers = self._start()
         with ThreadPoolExecutor(self.workers) as threads:
-            verdicts = list(threads.map(self._verdict, golds, map(_text, completions)))
-        self.counts += Counter(verdicts)
-        return verdicts
+            judgements = list(threads.map(self._ask, golds, map(_text, completions)))
+        self.counts += Counter(verdict for verdict, _ in judgements)
+        return judgements
 
-    def _verdict(self, gold: str | None, text: str) -> str:
+    def _ask(self, gold: str | None, text: str) -> tuple[str, str | None]:
         assert self._workers is not None
         if gold is None:
-            return "unparsable_gold"
-        answer, late = self._workers.ask([gold, text])
-        return answer or ("timeout" if late else "error")
+            return "unparsable_gold", None
+        reply, late = self._workers.ask([gold, text])
+        if not reply:
+            return "timeout" if late else "error", None
+        verdict, _, answer = reply.partition("\t")
+        return verdict, (json.loads(answer) or None) if answer else None
 
     def _start(self) -> Workers:
         return Workers(str(judge.__file__), self.workers, self.timeout)

@@ -36,14 +36,14 @@ class Instruments:
             gather: concatenates (1, K) of every rank to (ranks, K); called once, and on every rank or on none.
 
         Returns:
-            The summary, and the counts of what was rejected, of `Step.rejected`, or (0,) without rules. None if there
-            was nothing to measure.
+            The summary, and the counts of what was rejected of each rank, of `Step.rejected`: (ranks, R), or
+            (ranks, 0) without rules. None if there was nothing to measure.
         """
         summaries, self._summaries[mode] = self._summaries[mode], []
         if not summaries:
             return None
-        reduced = combine(gather(combine(torch.stack(summaries)).unsqueeze(0))).cpu()
-        return reduced[: self._size], reduced[self._size :]
+        ranks = gather(combine(torch.stack(summaries)).unsqueeze(0))
+        return combine(ranks)[: self._size].cpu(), ranks[:, self._size :].cpu()
 
     def smooth_grad_norm(self, norm: float) -> float | None:
         """Exponential mean of the gradient norm (arXiv 2602.01826, figure 3); skips a norm that is not finite."""

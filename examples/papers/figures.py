@@ -20,7 +20,9 @@ ROUNDING_ARMS = {
     "unseen-fp8": ("nearest", "nearest-x2", "dither"),
     "unseen-bf16": ("nearest", "nearest-x1.5", "dither", "one-nearest", "one-dither"),
 }
-CAUSE_ARMS = ("plain", "exact")
+CAUSE_ARMS = ("plain", "exact", "tis", "dc")
+CAUSE_REGIMES = {"stressed": 40, "mild": 50}
+"""Regime → its rollouts."""
 REMEDY_ARMS = ("nearest", "nearest-tis", "nearest-dc", "nearest-dc-strong", "nearest-decay", "nearest-x2", "dither")
 # The arms of the README's figure, in its words.
 SYNC_NAMES = {"nearest": "sync rounds to nearest", "dither": "sync rounds with a dither (dc-trl)"}
@@ -105,15 +107,17 @@ def _sync(lines: Sequence[Line]) -> Any:
 
 
 def _cause(lines: Sequence[Line]) -> Any:
-    if not any(line["regime"] == "stressed" for line in lines):
+    known = {line["regime"] for line in lines}
+    regimes = {regime: rollouts for regime, rollouts in CAUSE_REGIMES.items() if regime in known}
+    if not regimes:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    arms = [*CAUSE_ARMS, "tis", "dc"]
-    _plot(axes[0], lines, "stressed", arms, "accuracy", 40)
-    _plot(axes[1], lines, "stressed", arms, "discrepancy", 40)
-    axes[0].set_ylabel("accuracy, deployed")
-    axes[1].set_ylabel("mean |π − μ|")
-    axes[0].legend(frameon=False, fontsize=8)
+    figure, axes = plt.subplots(len(regimes), 2, figsize=(9, 3.2 * len(regimes)), squeeze=False)
+    for row, (regime, rollouts) in zip(axes, regimes.items(), strict=True):
+        for panel, name in zip(row, ("accuracy", "discrepancy"), strict=True):
+            _plot(panel, lines, regime, CAUSE_ARMS, name, rollouts)
+        row[0].set_ylabel("accuracy, deployed")
+        row[1].set_ylabel("mean |π − μ|")
+        row[0].legend(frameon=False, fontsize=8)
     return figure
 
 

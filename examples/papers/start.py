@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_task import build_policy, build_tokenizer, make_problems, warm_up
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
-
-from dc_trl.rollouts.quantization import fake_quantize, quantizable_parameters
+from demo_task import build_policy, build_tokenizer, make_problems, round_to_grid, warm_up
+from transformers import AutoModelForCausalLM, set_seed
 
 HELD_OUT = 256
 WARMUP_STEPS = 400
@@ -58,22 +56,3 @@ def load_policy(folder: Path | str, grid: str | None) -> Any:
     if grid is not None:
         round_to_grid(policy, grid)
     return policy
-
-
-@torch.no_grad()
-def round_to_grid(policy: PreTrainedModel, grid: str) -> None:
-    """Rounds a policy's weights in place, to what a sampler of that precision holds exactly.
-
-    Raises:
-        ValueError: for a grid that is not known.
-    """
-    if grid == "bf16":
-        for parameter in policy.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))
-        return
-    if grid != "fp8":
-        raise ValueError(f"`grid` is {grid!r}, which is unknown: use 'bf16', 'fp8' or None.")
-    dims = quantizable_parameters(policy, policy.get_output_embeddings())
-    for name, parameter in policy.named_parameters():
-        if name in dims:
-            parameter.copy_(fake_quantize(parameter, "fp8", dims[name]))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from example_scripts import load_example
 from places import ROOT
+from processes import run_python
 from safetensors.torch import load_file
 
 import dc_trl.commands.train.arguments
@@ -48,9 +49,7 @@ def test_trains_the_tiny_recipe(tiny: Path) -> None:
 
 
 def test_plans_in_a_process_of_its_own(tiny: Path) -> None:
-    command = [sys.executable, "-m", "dc_trl", "train", f"--config={TINY}", "--dry_run"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = run_python("-m", "dc_trl", "train", f"--config={TINY}", "--dry_run")
     assert "updates per generation batch" in result.stdout and not (tiny / "outputs/tiny/run").exists()
 
 

@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from places import ROOT
+from processes import environment
 
 EXAMPLES = ROOT / "examples"
 NAMES = ("finetune_with_dc_grpo", "reading_a_discrepancy")  # the second reads the run of the first
@@ -35,9 +36,8 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("outputs", "__pycache__", ".ipynb_checkpoints"))
     done = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        for variable, value in environment(CUDA_VISIBLE_DEVICES="").items():
+            patch.setenv(variable, value)
         for name in NAMES:
             done[name] = saved(name)
             resources = {"metadata": {"path": str(folder / "notebooks")}}

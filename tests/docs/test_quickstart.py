@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import reasoning_gym
 from places import ROOT
+from processes import run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = ROOT / "examples"
@@ -40,13 +40,9 @@ def reward(task: Any) -> Iterator[Any]:
 
 def run_demo(output_dir: Path, *flags: str) -> str:
     """Runs the script as a user does, without a network; returns what it printed."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sizes = ("--steps", str(STEPS), "--held_out", "16", "--batch_size", "16")
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--output_dir", str(output_dir), *sizes, *flags]
-    done = subprocess.run(command, cwd=output_dir, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    words = (EXAMPLES / "quickstart.py", "--output_dir", output_dir, *sizes, *flags)
+    return run_python(*words, cwd=output_dir).stdout
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dc_trl.estimators.rejection import RULES, Bound, RejectionInputs, RejectionRule, reject, resolve_bounds
 from dc_trl.estimators.rejection.binary_kl import COMPLEMENT_FLOOR, binary_kl
-from dc_trl.estimators.rejection.measure import rejection_counts, rejection_metrics
+from dc_trl.estimators.rejection.measure import emptied_notices, rejection_counts, rejection_metrics
 from dc_trl.estimators.rejection.rule import tokens
 
 NAMES = sorted(RULES)
@@ -440,3 +440,28 @@ def test_the_page_on_the_method_has_every_rule() -> None:
         assert needs == ", ".join(symbols[field] for field in rule.needs)
         values = ", ".join(f"{bound} {spec.default:.6g}" for bound, spec in rule.bounds.items())
         assert default.split(" (")[0] == values
+
+
+# Valid tokens, sequences, then tokens and sequences that two rules and all of them reject, of each rank.
+FULL, EMPTIED, WITHOUT = [8, 3, 1, 1, 2, 1, 3, 2], [6, 2, 6, 2, 3, 1, 6, 2], [0, 0, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "topic", "says"),
+    [
+        ([FULL], None, ""),
+        ([WITHOUT], None, ""),
+        ([FULL, WITHOUT], None, ""),
+        ([EMPTIED], "rejected", "every token of a batch"),
+        ([EMPTIED, WITHOUT], "rejected", "every token of a batch"),
+        ([FULL, EMPTIED], "rejected on a rank", "every token of process 1 (of 0 to 1)"),
+        ([EMPTIED, FULL, EMPTIED, WITHOUT], "rejected on a rank", "every token of process 0, 2 (of 0 to 3)"),
+    ],
+)
+def test_a_rank_without_a_kept_token_is_named(ranks: list[list[int]], topic: str | None, says: str) -> None:
+    notices = emptied_notices(torch.tensor(ranks, dtype=torch.float64), ["icepop", "max_tv"])
+    assert [name for name, _ in notices] == ([topic] if topic else [])
+    for _, message in notices:
+        # Of 6 tokens, or of 12 on two ranks, icepop rejects all and max_tv half.
+        assert says in message and "icepop 100%, max_tv 50% of these tokens" in message
+        assert "`rejection_bounds`" in message

@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study's command from end to end: short runs in processes of their own, and the count of what is done."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from places import ROOT
+from processes import run_python
 from tiny import save_tiny_policy
 
 
 def study(*words: str) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / "examples" / "papers"), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run_python(ROOT / "examples" / "papers", *words, timeout=500).stdout
 
 
 def test_a_block_runs_on_another_model(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """tokens/*.parquet: every scored token once, with the numbers that the loss used."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import dc_trainer, logged, record_losses, replayed_rollouts
+from rejecting import ALIGNED, BOUNDS, FAR, REUSED, marked, run, some
+from runs import PROMPTS, dc_trainer, logged, record_losses, replayed_rollouts
 
 from dc_trl.records.token_log import SCHEMA, TokenLog
 from dc_trl.step import Masks, Step
@@ -98,6 +100,24 @@ def test_tokens_that_do_not_count_are_marked(tmp_path: Path) -> None:
     assert set(frame.loc[~frame["valid"], "position"]) == {0} and (frame.loc[~frame["valid"], "penalty"] == 0).all()
 
 
+@pytest.mark.parametrize("layout", [ALIGNED, REUSED], ids=["aligned", "reused"])
+def test_what_rejection_left_out_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any) -> None:
+    options = {"rejection": ["icepop"], "rejection_bounds": BOUNDS, "log_tokens": True}
+    _, trainer = run(tmp_path, monkeypatch, marked(some), layout, **options)
+    frame = tokens(tmp_path, trainer.state.global_step)
+    far = frame["sampling_logp"] == FAR
+    assert frame["rejected"].dtype == bool and 0 < far.sum() < len(frame)
+    assert (frame["rejected"] == far).all()
+    assert frame["rejected"].mean() == pytest.approx(logged(trainer, "dc/rejection/any/tokens")[0])
+    assert frame["valid"].all() and (frame["discrepancy"] > 0).all()  # it is measured all the same
+    assert ((frame["penalty"] > 0) == ~far).all()
+
+
+def test_without_rules_nothing_is_said_of_rejection(tmp_path: Path) -> None:
+    dc_trainer(tmp_path, log_tokens=True, max_steps=1).train()
+    assert tokens(tmp_path, 1)["rejected"].isna().all()
+
+
 def test_only_the_writing_rank_decodes(tmp_path: Path) -> None:
     ones = torch.ones(1, 2)
     log = TokenLog(tmp_path)
@@ -123,3 +143,30 @@ def test_only_the_writing_rank_decodes(tmp_path: Path) -> None:
     log.write(1, lambda sequences: sequences * 2, lambda ids: "é" * len(ids))
     assert list(tokens(tmp_path, 1)["completion"]) == [0, 0, 1, 1]
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["tokens_00001.parquet"]
+
+
+def last_digit(completions: list[str], log_extra: Any, **_: Any) -> list[float | None]:
+    """Rewards each completion by its length, and finds its first character, where it has one."""
+    log_extra("answer", [text[:1] or None for text in completions])
+    return [float(len(text)) if text else None for text in completions]
+
+
+@pytest.mark.parametrize("layout", [{}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}])
+def test_each_completion_has_its_own_reward_answer_and_gold(tmp_path: Path, layout: dict[str, Any]) -> None:
+    problems = PROMPTS.add_column("solution", [f"gold of {prompt}" for prompt in PROMPTS["prompt"]])
+    dc_trainer(
+        tmp_path, log_tokens=True, max_steps=2, reward_funcs=last_digit, train_dataset=problems, **layout
+    ).train()
+    frame = tokens(tmp_path, 2)
+    assert frame["completion"].nunique() == 8
+    for _, rows in frame.groupby("completion"):
+        assert len(set(rows["reward"])) == len(set(rows["answer"])) == len(set(rows["gold"])) == 1
+        text = re.sub("<[a-z]{3}>", "", "".join(rows["token"]))
+        assert rows["answer"].iloc[0] == text[0] and rows["reward"].iloc[0] == len(text)
+        assert rows["gold"].iloc[0] == f"gold of {rows['prompt'].iloc[0]}"
+
+
+def test_what_is_not_known_of_a_completion_is_null(tmp_path: Path) -> None:
+    dc_trainer(tmp_path, log_tokens=True, max_steps=1).train()
+    frame = tokens(tmp_path, 1)
+    assert frame["answer"].isna().all() and frame["gold"].isna().all() and frame["reward"].notna().all()

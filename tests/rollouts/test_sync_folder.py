@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from hub_stand_in import HubStandIn
-from places import ROOT, SUPPORT
+from places import SUPPORT
+from processes import run_python
 from runs import PROMPTS, dc_trainer, replayed_rollouts
 from stub_server import Stub, vllm_stub
 from tiny import tiny_model
@@ -142,10 +143,7 @@ def test_the_lock_goes_with_the_process_that_held_it(server: Stub, tmp_path: Pat
 
 def test_the_weights_are_not_pushed(server: Stub, tmp_path: Path) -> None:
     with HubStandIn() as hub:
-        environment = os.environ | hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(HUB_RUN), str(tmp_path), server.url]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_python(HUB_RUN, tmp_path, server.url, vllm=True, cwd=tmp_path, **hub.environment(tmp_path / "home"))
         (repository,) = hub.repositories.values()
     assert len(loaded(server)) == 3 and len(repository.commits) >= 3
     assert "model.safetensors" in repository.files and "log.jsonl" not in repository.files

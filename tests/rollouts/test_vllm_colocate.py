@@ -2,15 +2,13 @@
 """Training with real vLLM in the trainer's process: weights reach the engine, and the constraint is driven by it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from places import SUPPORT
+from processes import run_python
 from vllm_process import free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -20,13 +18,12 @@ def run(directory: Path, **engine: Any) -> dict[str, Any]:
     """What vllm_colocate_run.py reports, with these arguments of the engine."""
     # A process of its own: vLLM initialises torch.distributed and does not give it back.
     script = SUPPORT / "vllm_colocate_run.py"
-    environment = os.environ | {
+    variables = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "MASTER_PORT": str(free_port()),  # torch's own, 29500, may be another test's
     }
-    command = [sys.executable, str(script), str(directory), json.dumps(engine)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = run_python(script, directory, json.dumps(engine), vllm=True, status=None, timeout=500, **variables)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(lines[-1].removeprefix("RESULT "))

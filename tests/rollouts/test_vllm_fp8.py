@@ -2,9 +2,6 @@
 """Train high, deploy low: float32 trainers, one and two processes, and a real vLLM server with an FP8 KV cache."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from places import SUPPORT
+from processes import run_ranks
 from tiny import save_tiny_policy
 from vllm_process import VLLMServer
 
@@ -37,16 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
 
 def train(server: VLLMServer, directory: Path, ranks: int) -> list[dict[str, Any]]:
     """What every rank saw of the run in server_ranks_run.py."""
-    script = str(SUPPORT / "server_ranks_run.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), script]
-    done = subprocess.run(
-        [*command, server.url, str(directory)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_ranks(SUPPORT / "server_ranks_run.py", server.url, directory, ranks=ranks, vllm=True)
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -3,9 +3,6 @@
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from places import SUPPORT
+from processes import run_ranks
 from safetensors.torch import load_file
 from stub_server import Stub
 from tiny import tiny_model, tiny_tokenizer
@@ -97,12 +95,8 @@ def test_merged_weights_are_rounded_by_nobody() -> None:
 
 
 def test_two_processes_gather_their_shards() -> None:
-    script = SUPPORT / "sharded_weights_run.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert "rank 0 agrees" in done.stdout and "rank 1 agrees" in done.stdout, done.stderr[-3000:]
+    said = run_ranks(SUPPORT / "sharded_weights_run.py").stdout
+    assert "rank 0 agrees" in said and "rank 1 agrees" in said
 
 
 def test_adapters_that_are_no_weights_are_refused() -> None:

@@ -6,6 +6,7 @@
 Each rank leaves what it has seen in DIRECTORY/rank{N}.pt: a `report` for each run.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -60,6 +61,15 @@ def far_in_places(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return output
 
 
+def far_if_odd(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Replayed rollouts whose tokens are all far for odd prompts, rank 1's where there are two."""
+    output = replayed_rollouts()(prompts, trainer)
+    for prompt, logprobs in zip(prompts, output["logprobs"], strict=True):
+        if prompt[0] not in "24":
+            logprobs[:] = [-30.0] * len(logprobs)
+    return output
+
+
 def train(
     output_dir: Path,
     world_size: int,
@@ -78,12 +88,26 @@ def train(
         "max_steps": 4,
         "learning_rate": 1e-3,
     }
+    warnings = Warnings()
+    logging.getLogger("dc_trl").addHandler(warnings)
     trainer = dc_trainer(output_dir, **(defaults | options))
     assert trainer.accelerator.num_processes == world_size
     trainer.train(resume_from_checkpoint=resume)
+    logging.getLogger("dc_trl").removeHandler(warnings)
     if trainers is not None:
         trainers.append(trainer)
-    return report(trainer)
+    return report(trainer) | {"warnings": warnings.messages}
+
+
+class Warnings(logging.Handler):
+    """Keeps what the package warns of on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def report(trainer: DCGRPOTrainer) -> dict[str, Any]:
@@ -137,6 +161,16 @@ def rejected_early(directory: Path, world_size: int) -> dict[str, Any]:
     layout = {"per_device_train_batch_size": GLOBAL_BATCH // world_size // 4, "gradient_accumulation_steps": 4}
     layout |= {"num_iterations": 2, "loss_type": "grpo"}
     return train(directory, world_size, rollout_func=far_in_places, **REJECTING, **layout)
+
+
+def rejected_rank(directory: Path, world_size: int) -> dict[str, Any]:
+    """Every token of rank 1 is rejected, and none of rank 0: settled on the gradient."""
+    return train(directory, world_size, rollout_func=far_if_odd, **REJECTING)
+
+
+def rejected_rank_early(directory: Path, world_size: int) -> dict[str, Any]:
+    """The same, where rollouts serve two updates: settled on the advantages."""
+    return train(directory, world_size, rollout_func=far_if_odd, num_iterations=2, **REJECTING)
 
 
 def truncated(directory: Path, world_size: int) -> dict[str, Any]:
@@ -296,6 +330,8 @@ RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
         replayed,
         rejected,
         rejected_early,
+        rejected_rank,
+        rejected_rank_early,
         truncated,
         environment,
         engine,

@@ -26,7 +26,8 @@ def write_log(folder: Path, entries: list[dict[str, Any]], **start: Any) -> Path
 def write_tokens(folder: Path, step: int, rows: list[dict[str, Any]]) -> Path:
     """A token log; each row needs completion, position and token, and has a default for everything else."""
     default = {"step": step, "token_id": 7, "train_logp": -0.1, "sampling_logp": -0.1, "discrepancy": 0.0}
-    default |= {"penalty": 0.0, "advantage": 0.5, "valid": True, "prompt": "p"}
+    default |= {"penalty": 0.0, "advantage": 0.5, "valid": True, "rejected": None, "prompt": "p"}
+    default |= {"reward": 1.0, "answer": None, "gold": None}
     table = pa.Table.from_pylist([default | row for row in rows])
     path = folder / "tokens" / f"tokens_{step:05d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)

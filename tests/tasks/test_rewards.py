@@ -67,6 +67,14 @@ def test_rewards_messages_and_texts_and_excludes_bad_golds(reward: MathAccuracyR
     assert logged == {"math_verify/error": 0.0, "math_verify/timeout": 0.0, "math_verify/unparsable_gold": 0.25}
 
 
+def test_says_which_answers_it_found(reward: MathAccuracyReward) -> None:
+    found: dict[str, list[Any]] = {}
+    completions = [r"so \boxed{\frac{1}{3}}", "Answer: 5", "no idea", "Answer: 7"]
+    rewards = reward(completions, ["1/3", "4", "4", None], log_extra=found.__setitem__)
+    assert rewards == [1.0, 0.0, 0.0, None]
+    assert found == {"answer": ["1/3", "5", None, None]}
+
+
 def test_works_outside_the_main_thread(reward: MathAccuracyReward) -> None:
     # Where math-verify's own time limit, signal.alarm, raises.
     results: list[Any] = []

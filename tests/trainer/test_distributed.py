@@ -2,9 +2,6 @@
 """Two gloo ranks on the CPU: they agree with each other to the bit, and with one process up to rounding."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from distributed_run import RUNS
 from places import SUPPORT
+from processes import run_ranks
 from tiny import published_model
 
 from dc_trl.rollouts.rounding import Dither
@@ -21,6 +19,8 @@ REPLAYED = (
     "replayed",
     "rejected",
     "rejected_early",
+    "rejected_rank",
+    "rejected_rank_early",
     "truncated",
     "environment",
 )  # rollouts that do not depend on the number of processes
@@ -28,13 +28,7 @@ REPLAYED = (
 
 def launch(directory: Path, *runs: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The reports of both ranks."""
-    # Not `accelerate launch --cpu --num_processes 2`, which starts one process and says nothing.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    done = subprocess.run(
-        [*command, "2", str(directory), *runs], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_ranks(SCRIPT, "2", directory, *runs)
     first, second = (torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     return first, second
 
@@ -107,6 +101,23 @@ def test_a_rank_without_tokens_takes_part(ranks: tuple[dict[str, Any], dict[str,
         )
         assert values(report, "dc/discrepancy/mean")[0] != values(full, "dc/discrepancy/mean")[0]
         assert values(report, "grad_norm")[0] > 0
+
+
+@pytest.mark.parametrize("name", ["rejected_rank", "rejected_rank_early"])
+def test_a_rank_that_is_rejected_whole_trains_on_nothing_and_says_so_once(
+    ranks: tuple[dict[str, Any], dict[str, Any]], name: str, tmp_path: Path
+) -> None:
+    two, one = ranks[0][name], RUNS[name](tmp_path, 1)
+    assert all(0 < share < 1 for share in values(two, "dc/rejection/icepop/tokens"))
+    # Rank 0's tokens are divided by what is left of both ranks, so the loss is that of one process with all of them.
+    assert values(two, "loss") == pytest.approx(values(one, "loss"), rel=1e-4, abs=1e-6)
+    assert any(loss != 0 for loss in values(two, "loss"))
+    assert values(two, "grad_norm") == pytest.approx(values(one, "grad_norm"), rel=1e-3)
+    said, others = ([m for m in rank[name]["warnings"] if "rejected every token" in m] for rank in ranks)
+    assert len(said) == 1 and not others
+    assert "every token of process 1 (of 0 to 1)" in said[0] and "icepop 100%" in said[0]
+    assert "`rejection_bounds`" in said[0]
+    assert not [message for message in one["warnings"] if "rejected every token" in message]
 
 
 def test_each_rank_replays_the_experts_of_its_own_tokens(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:

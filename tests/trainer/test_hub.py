@@ -2,11 +2,8 @@
 """Pushing to the Hub with the real client, and what it brings back. The Hub is a local stand-in."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +16,7 @@ from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from PIL import Image
 from places import ROOT, SUPPORT
+from processes import run_python
 from transformers import AutoModelForCausalLM
 
 from dc_trl.training.pushing_trainer import files_to_send
@@ -42,10 +40,7 @@ def hub() -> Iterator[HubStandIn]:
 
 def client(hub: HubStandIn, folder: Path, *command: str, status: int = 0) -> str:
     """Runs Python on `command` in `folder`, as a client of the stand-in; returns its standard error."""
-    environment = os.environ | hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, *command], env=environment, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == status, result.stderr
-    return result.stderr
+    return run_python(*command, cwd=folder, status=status, **hub.environment(folder / "home")).stderr
 
 
 @pytest.fixture(scope="module")

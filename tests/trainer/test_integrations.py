@@ -2,16 +2,14 @@
 """Trackers get what the trainer logs, through the Trainer's own integrations. Nothing leaves the machine."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from places import SUPPORT
+from processes import run_python
 
 OURS = ("dc/", "sampling/", "length_decay/")
 
@@ -19,10 +17,7 @@ OURS = ("dc/", "sampling/", "length_decay/")
 def reported(tracker: str, folder: Path, **environment: str) -> list[dict[str, Any]]:
     """Trains in a process of its own. Returns each entry of the log under the names that trackers get, ours only."""
     pytest.importorskip(tracker)
-    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
-    command = [sys.executable, str(SUPPORT / "tracker_run.py"), tracker, str(folder)]
-    result = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_python(SUPPORT / "tracker_run.py", tracker, folder, cwd=folder, **environment)
     log = json.loads((folder / "log.json").read_text())
     found = []
     for entry in log:

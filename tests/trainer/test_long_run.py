@@ -2,28 +2,24 @@
 """A run neither collects memory nor slows down: `examples/benchmarks/long_run.py` at a smaller count."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from places import ROOT
+from processes import run_python
 
 STEPS = 250
 
 
-def figures(*options: str) -> tuple[int, dict[str, Any]]:
-    """Status and figures of the script."""
-    command = [sys.executable, str(ROOT / "examples/benchmarks/long_run.py"), "--steps", str(STEPS), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout, done.stderr[-4000:]
-    return done.returncode, json.loads(done.stdout)
+def figures(*options: str, status: int = 0) -> dict[str, Any]:
+    """Figures of the script, which ends with this status."""
+    script = ROOT / "examples/benchmarks/long_run.py"
+    return json.loads(run_python(script, "--steps", str(STEPS), *options, status=status, timeout=500).stdout)
 
 
 @pytest.mark.slow
 def test_memory_stays_flat_and_files_bounded() -> None:
-    status, found = figures()
-    assert status == 0, found
+    found = figures()
     assert found["steps"] == STEPS and len(found["memory_mib"]) == STEPS // 50
     assert found["checkpoints"] == 2 and found["leftovers"] == []
     assert found["log_bytes_a_step"] < 5_000
@@ -31,6 +27,5 @@ def test_memory_stays_flat_and_files_bounded() -> None:
 
 @pytest.mark.slow
 def test_a_planted_leak_is_found() -> None:
-    status, found = figures("--leak", "512")  # KiB a step: 125 MiB in all
-    assert status == 1
+    found = figures("--leak", "512", status=1)  # KiB a step: 125 MiB in all
     assert not found["memory_flat"]

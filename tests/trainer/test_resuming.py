@@ -3,8 +3,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import torch
 import transformers
 from places import ROOT
+from processes import run_python
 from runs import PROMPTS, dc_trainer, logged, replayed_rollouts, weights
 from transformers import Trainer
 
@@ -137,10 +136,7 @@ def test_checkpoints_are_taken_by_number_and_other_names_are_none(tmp_path: Path
 
 @pytest.mark.slow
 def test_killed_runs_resume_to_the_bit() -> None:
-    script = ROOT / "examples" / "benchmarks" / "kills.py"
-    command = [sys.executable, str(script), "--kills", "3", "--json", "-"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    done = run_python(ROOT / "examples/benchmarks/kills.py", "--kills", "3", "--json", "-", timeout=500)
     figures = json.loads(done.stdout)
     assert figures["killed_in"] == {"saving": 2, "syncing": 1}
     assert figures["half_written"] == 2  # one for each kill in a save

@@ -3,9 +3,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hub_stand_in import TOKEN, HubStandIn
-from places import ROOT, SUPPORT
+from places import SUPPORT
+from processes import run_python
 from runs import dc_trainer
 
 from dc_trl import DCGRPOConfig
@@ -150,10 +148,7 @@ def strings_of(path: Path) -> bytes:
 def test_a_run_writes_pushes_and_prints_none(tmp_path: Path) -> None:
     text = "private-" + "t" * 30  # under names that call nothing a secret; the saved arguments keep it
     with HubStandIn() as hub:
-        environment = os.environ | hub.environment(tmp_path / "home", "") | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(RUN), str(tmp_path), SECRET, text]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = run_python(RUN, tmp_path, SECRET, text, cwd=tmp_path, **hub.environment(tmp_path / "home", ""))
         commits = hub.repositories["tester/x"].commits
     pushed = {name: content for commit in commits for name, content in commit.files.items()}
     local = {path.relative_to(tmp_path).as_posix(): strings_of(path) for path in written(tmp_path / "run")}

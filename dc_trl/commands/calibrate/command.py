@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from dc_trl.commands.calibrate.arguments import OVERRIDES, CalibrateArguments
 from dc_trl.commands.calibrate.recipe import check_recipe, set_tolerance
-from dc_trl.commands.train.arguments import CommandLine, asks_for_help, make_parser, print_help
+from dc_trl.commands.train.arguments import (
+    CommandLine,
+    asks_for_all_help,
+    asks_for_help,
+    make_parser,
+    print_all_help,
+    print_help,
+)
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.text import terminal
 from dc_trl.rollouts.engines import check_log_prob_source, engine_of
@@ -30,6 +37,9 @@ def calibrate_command(argv: Sequence[str]) -> int:
     """
     if asks_for_help(argv):
         print_help(CalibrateArguments, "calibrate", "Measure how far a model and an engine are apart before training.")
+        return 0
+    if asks_for_all_help(argv):
+        print_all_help(CalibrateArguments, "calibrate")
         return 0
     line = CommandLine.read(argv, make_parser(CalibrateArguments, "calibrate"))
     if line.options.dry_run:

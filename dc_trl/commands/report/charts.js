@@ -4,6 +4,7 @@ const report = JSON.parse(document.getElementById("report-data").textContent);
 
 const Charts = (() => {
   const drawn = new Map();
+  let logarithmic = false;
 
   // Plotly does not read CSS variables: their values are put in their place.
   function resolved(value, styles) {
@@ -42,10 +43,32 @@ const Charts = (() => {
     };
   }
 
+  // Whether an axis can be logarithmic: something lies above 0, and nothing below.
+  function canBeLogarithmic(figure, letter, axis) {
+    const traces = figure.data.filter((trace) => letter === "x" || (trace.yaxis ?? "y") === axis);
+    const values = traces.flatMap((trace) => trace[letter]).filter((value) => typeof value === "number");
+    return values.some((value) => value > 0) && values.every((value) => value >= 0);
+  }
+
+  function withLogarithms(figure, layout) {
+    const axes = Object.keys(layout).filter((name) => name.startsWith("yaxis"));
+    if (layout.meta?.log_x) axes.push("xaxis");
+    for (const name of axes) {
+      const letter = name[0];
+      if (!canBeLogarithmic(figure, letter, name.replace("axis", ""))) continue;
+      const { range, rangemode, ...axis } = layout[name];
+      layout[name] = { ...axis, type: "log" };
+    }
+    return layout;
+  }
+
   function draw(element, figure) {
     drawn.set(element, figure);
     const styles = getComputedStyle(document.body);
-    const layout = { ...resolved(figure.layout, styles), template: template(styles), autosize: true };
+    const own = resolved(figure.layout, styles);
+    const layout = {
+      ...(logarithmic ? withLogarithms(figure, { ...own }) : own), template: template(styles), autosize: true,
+    };
     // Named one by one: by default plotly.js 4 has a button that uploads the chart to its maker's cloud.
     const config = {
       responsive: true, displaylogo: false, plotlyServerURL: "",
@@ -71,10 +94,22 @@ const Charts = (() => {
     following = false;
   }
 
+  // A click on a chart asks for the tokens of its step; the token view listens.
+  function ask(event) {
+    const point = event.points[0];
+    const detail = { step: point.x, run: Number(point.data.legendgroup ?? 0) };
+    document.dispatchEvent(new CustomEvent("step-asked", { detail }));
+  }
+
   for (const element of document.querySelectorAll("[data-figure]")) {
     draw(element, report.figures[element.dataset.figure]);
     element.on("plotly_relayout", (change) => follow(element, change));
+    element.on("plotly_click", ask);
   }
+  document.getElementById("chart-controls").addEventListener("change", (event) => {
+    logarithmic = event.target.checked;
+    redraw();
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   return { draw };
 })();

@@ -18,8 +18,9 @@ MAX_HALVINGS = 50
 """Halvings of the rate that are marked; Algorithm 1 makes four."""
 # Fewer points than this are marked one by one.
 _MARKED = 20
-# Of the height, between two rows of a panel: room for the lower one's title.
+# Of the height, between two rows of a panel: room for the lower one's title. Less where there are many rows.
 _GAP = 0.14
+_GAPS = 0.4
 _DIGITS = 6
 
 _DASHES = {MAIN: "solid", SECOND: "dot", LIMIT: "dash"}
@@ -112,14 +113,15 @@ def figure(panel: Panel, runs: list[Run]) -> dict[str, Any] | None:
 
 def _domains(rows: list[Row]) -> list[tuple[float, float]]:
     """Vertical extent of each row, from the top; fractions of the plot."""
-    room = 1 - _GAP * (len(rows) - 1)
+    gap = min(_GAP, _GAPS / max(len(rows) - 1, 1))
+    room = 1 - gap * (len(rows) - 1)
     total = sum(row.share for row in rows)
     top = 1.0
     domains = []
     for row in rows:
         height = room * row.share / total
         domains.append((round(max(top - height, 0), 4), round(top, 4)))
-        top -= height + _GAP
+        top -= height + gap
     return domains
 
 

@@ -11,10 +11,13 @@ from string import Template
 from typing import Any
 
 from dc_trl import __version__
-from dc_trl.commands.report import tokens
 from dc_trl.commands.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
-from dc_trl.commands.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel
+from dc_trl.commands.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel, rejection_panel
 from dc_trl.commands.report.text import duration, embedded_json, number
+from dc_trl.commands.report.tokens.completions import COMPLETIONS
+from dc_trl.commands.report.tokens.figures import POINTS
+from dc_trl.commands.report.tokens.view import STEPS, TOKENS, TokenView
+from dc_trl.commands.report.verdict.strip import strip
 from dc_trl.records.run_reader import Run, is_finite
 from dc_trl.records.text import escaped, visible
 from dc_trl.rollouts.engines import engine_name
@@ -30,8 +33,12 @@ _SUMMARY = {
     "entropy": "entropy",
 }
 
+_ROWS = 3  # of a panel, which the usual height has room for
 
-def render(runs: list[Run], ages: list[float], view: tokens.TokenView, plotly: str) -> str:
+_CLICKED = '<span class="hint">Click in a chart to see the tokens of the nearest step that has them.</span>'
+
+
+def render(runs: list[Run], ages: list[float], view: TokenView, plotly: str) -> str:
     """The whole page.
 
     Args:
@@ -40,13 +47,15 @@ def render(runs: list[Run], ages: list[float], view: tokens.TokenView, plotly: s
         view: the token logs.
         plotly: plotly.js, which goes into the page.
     """
-    panels = [(panel, figure(panel, runs)) for panel in (*MAIN_PANELS, *TAIL_PANELS)]
+    rejection = rejection_panel(key for run in runs for key in run.drawable)
+    main = _drawn((*MAIN_PANELS, *filter(None, [rejection])), runs)
+    tail = _drawn(TAIL_PANELS, runs)
     data = {
-        "figures": {panel.name: drawn for panel, drawn in panels if drawn},
+        "figures": {panel.name: drawn for panel, drawn in (*main, *tail)},
         "runs": [visible(run.name) for run in runs],
         "steps": view.steps,
     }
-    scripts = [_normalised(plotly), _part("charts.js"), _part("tokens.js")]
+    scripts = [_normalised(plotly), _part("charts.js"), _part("tokens/tokens.js")]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return Template(_part("report.html")).substitute(
         policy=_policy(scripts),
@@ -55,10 +64,14 @@ def render(runs: list[Run], ages: list[float], view: tokens.TokenView, plotly: s
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=escaped(__version__),
         head=_head(runs),
+        verdicts=strip(runs),
         summary=_summary(runs, ages),
-        main="\n".join(_panel(panel, drawn, runs) for panel, drawn in panels[: len(MAIN_PANELS)]),
-        tail="\n".join(_panel(panel, drawn, runs) for panel, drawn in panels[len(MAIN_PANELS) :]),
+        main="\n".join(_panel(panel, drawn, runs) for panel, drawn in main),
+        tail="\n".join(_panel(panel, drawn, runs) for panel, drawn in tail),
+        main_absent=_absent(MAIN_PANELS, main, runs),
+        tail_absent=_absent(TAIL_PANELS, tail, runs),
         tokens=_tokens(view),
+        chart_hint=_CLICKED if view.steps else "",
         settings=_settings(runs),
         data=embedded_json(data),
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),
@@ -139,17 +152,41 @@ def _progress(run: Run) -> str:
 # Panels
 
 
-def _panel(panel: Panel, drawn: dict[str, Any] | None, runs: list[Run]) -> str:
+def _drawn(panels: Iterable[Panel], runs: list[Run]) -> list[tuple[Panel, dict[str, Any]]]:
+    """The panels that have data, with their figures."""
+    figures = [(panel, figure(panel, runs)) for panel in panels]
+    return [(panel, drawn) for panel, drawn in figures if drawn is not None]
+
+
+def _absent(panels: Iterable[Panel], drawn: list[tuple[Panel, dict[str, Any]]], runs: list[Run]) -> str:
+    """What was never logged and would have had a panel of its own, with what it needs."""
+    shown = [panel for panel, _ in drawn]
+    needs: dict[str, list[str]] = {}
+    for panel in panels:
+        if panel not in shown:
+            keys = never_logged(panel, runs)
+            needs.setdefault(_needed(keys[0]), []).extend(keys)
+    notes = (f'<p class="note">{_never(keys)}{need}</p>' for need, keys in needs.items())
+    return "".join(notes)
+
+
+def _never(keys: list[str]) -> str:
+    return f"Never logged: {', '.join(f'<code>{escaped(key)}</code>' for key in keys)}."
+
+
+def _panel(panel: Panel, drawn: dict[str, Any], runs: list[Run]) -> str:
     """A chart with what healthy looks like, and under it what is marked and what is missing."""
-    notes = [_drawn_as(panel, runs) if drawn else "", *_marked(panel, runs), _missing(panel, runs)]
+    notes = [_drawn_as(panel, runs), *_marked(panel, runs), _missing(panel, runs)]
     below = "".join(f'<p class="note">{note}</p>' for note in notes if note)
     values = [number(last(run, panel.rows[0].series[0].key)) for run in runs]
     spoken = escaped(f"{panel.title}. Last: {', '.join(values)}.")
     name = panel.name
-    chart = f'<div class="chart" id="chart-{name}" data-figure="{name}" role="img" aria-label="{spoken}"></div>'
+    rows = len([axis for axis in drawn["layout"] if axis.startswith("yaxis")])
+    tall = f' style="--rows:{rows}"' if rows > _ROWS else ""
+    chart = f'<div class="chart" id="chart-{name}" data-figure="{name}"{tall} role="img" aria-label="{spoken}"></div>'
     return (
         f'<figure class="panel" id="panel-{name}"><figcaption><h3>{escaped(panel.title)}</h3>'
-        f"<p>{escaped(panel.healthy)}</p></figcaption>{chart if drawn else ''}{below}</figure>"
+        f"<p>{escaped(panel.healthy)}</p></figcaption>{chart}{below}</figure>"
     )
 
 
@@ -158,7 +195,7 @@ def _drawn_as(panel: Panel, runs: list[Run]) -> str:
     logged = {key for run in runs for key in run.drawable}
     rows = [[series for series in row.series if series.key in logged] for row in panel.rows]
     parts = [f"{STYLES[series.kind]}: {escaped(series.label)}" for row in rows if len(row) > 1 for series in row]
-    return "; ".join(parts).capitalize() + "." if parts else ""
+    return "; ".join(dict.fromkeys(parts)).capitalize() + "." if parts else ""
 
 
 def _marked(panel: Panel, runs: list[Run]) -> list[str]:
@@ -186,8 +223,7 @@ def _missing(panel: Panel, runs: list[Run]) -> str:
     keys = never_logged(panel, runs)
     if not keys:
         return ""
-    names = ", ".join(f"<code>{escaped(key)}</code>" for key in keys)
-    return f"Never logged: {names}.{_needed(keys[0])}"
+    return _never(keys) + _needed(keys[0])
 
 
 def _needed(key: str) -> str:
@@ -200,7 +236,7 @@ def _needed(key: str) -> str:
 # Tokens and settings
 
 
-def _tokens(view: tokens.TokenView) -> str:
+def _tokens(view: TokenView) -> str:
     """The frame that the page's script fills, or how to get tokens."""
     notes = "".join(f'<p class="note">{escaped(note)}</p>' for note in view.notes)
     if not view.steps:
@@ -210,11 +246,12 @@ def _tokens(view: tokens.TokenView) -> str:
             "shows which tokens disagree.</p>"
         )
     limits = (
-        f"A step shows up to {tokens.COMPLETIONS} different completions: half of them with the highest discrepancy, "
-        f"the others spread evenly over the rest. At most {tokens.STEPS} steps a run, and {tokens.TOKENS:,} tokens on "
-        "the page. <code>--tokens_step STEP</code> shows one step, and more of it."
+        f"At most {STEPS} steps a run are kept: the newest, the first, the one with the largest discrepancy, and one "
+        f"between. A step shows up to {COMPLETIONS} different completions: half of them with the highest discrepancy, "
+        f"the others spread evenly over the rest; {TOKENS:,} tokens are on the page. "
+        "<code>--tokens_step STEP</code> shows one step, and more of it."
     )
-    return notes + Template(_part("tokens.html")).substitute(limits=limits)
+    return notes + Template(_part("tokens/tokens.html")).substitute(limits=limits, points=f"{POINTS:,}")
 
 
 def _settings(runs: list[Run]) -> str:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the report draws: for each panel the logged keys, and what healthy looks like (docs/metrics.md)."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAIN = "main"
@@ -151,6 +153,39 @@ MAIN_PANELS = (
     ),
 )
 
+_RULE_KEY = re.compile(r"dc/rejection/(\w{1,40})/(?:tokens|sequences)", re.ASCII)
+_ANY = "any"
+MOST_RULES = 12
+"""Rows of the panel of rejection."""
+
+
+def rejection_panel(keys: Iterable[str]) -> Panel | None:
+    """A panel with a row for all rejection rules together and one for each; None where the run has none.
+
+    Args:
+        keys: all that was logged.
+    """
+    found = {match[1] for match in map(_RULE_KEY.fullmatch, keys) if match}
+    if not found:
+        return None
+    rules = [_ANY, *sorted(found - {_ANY})][:MOST_RULES]
+    return Panel(
+        "rejection",
+        "Rejected tokens and sequences",
+        "Small and steady; no range published. Rises: the rules hide what parts the engines. 1: nothing is trained "
+        "on. Widen rejection_bounds only once the cause is known.",
+        tuple(_rejected_by(rule) for rule in rules),
+    )
+
+
+def _rejected_by(rule: str) -> Row:
+    series = (
+        Series(f"dc/rejection/{rule}/tokens", "of the tokens"),
+        Series(f"dc/rejection/{rule}/sequences", "of the sequences", SECOND),
+    )
+    return Row("by any rule, fraction" if rule == _ANY else f"by {rule}, fraction", series)
+
+
 TAIL_PANELS = (
     _tail(
         "max",
@@ -229,14 +264,6 @@ TAIL_PANELS = (
         "nats, summed",
         "Flat. Rises at equal length: lower the learning rate. Rises with length alone: nothing new.",
         Series("dc/log_ppl_abs_diff", "sum over tokens"),
-    ),
-    _tail(
-        "rejected",
-        "Rejected",
-        "fraction",
-        "Small and steady, where rejection is on; no range published. Rises: the rules hide what parts the engines.",
-        Series("dc/rejection/any/tokens", "of the tokens"),
-        Series("dc/rejection/any/sequences", "of the sequences", SECOND),
     ),
     _tail(
         "nan_fraction",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dc_trl.commands.report.page import render
-from dc_trl.commands.report.tokens import token_view
+from dc_trl.commands.report.tokens.view import token_view
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_reader import Run, read_run
 

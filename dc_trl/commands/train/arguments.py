@@ -66,20 +66,26 @@ def make_parser(arguments: type[TrainArguments] = TrainArguments, command: str =
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether the arguments are a request for help, which is answered before torch or TRL load."""
+    """Whether the arguments are a request for the short help, which is answered before torch or TRL load."""
     return any(item in ("-h", "--help") for item in argv)
+
+
+def asks_for_all_help(argv: Sequence[str]) -> bool:
+    """Whether the arguments are a request for the help on every option."""
+    return "--help-all" in argv
 
 
 def print_help(arguments: type[TrainArguments], command: str, description: str) -> None:
     """Prints the options of a command that are its own or those of `dc-trl train`, which know nothing of TRL.
 
-    The fields of `DCGRPOConfig` and `ModelConfig`, some hundreds, need TRL to be listed: `dc-trl train --help` does.
+    The fields of `DCGRPOConfig` and `ModelConfig`, some hundreds, need TRL to be listed: see `print_all_help`.
     """
     parser = argparse.ArgumentParser(
         prog=f"dc-trl {command}",
-        usage=f"dc-trl {command} --config RECIPE.yaml [--OPTION VALUE]…",
+        usage=_usage(command),
         description=description,
-        epilog="Every option of training is taken too, in the YAML file or here: dc-trl train --help lists them.",
+        epilog="Every option of training is taken too, in the YAML file or here: dc-trl train --help names the usual "
+        f"ones, and dc-trl {command} --help-all lists every one.",
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of options; those given here go over it.")
     inherited = {option.name for option in fields(TrainArguments)}
@@ -90,6 +96,18 @@ def print_help(arguments: type[TrainArguments], command: str, description: str) 
         group = shared if option.name in inherited else parser
         group.add_argument(f"--{option.name}", metavar="VALUE", help=option.metadata["help"].replace("%", "%%"))
     parser.print_help()
+
+
+def print_all_help(arguments: type[TrainArguments], command: str) -> None:
+    """Prints every option that a command which reads recipes takes, as its parser knows it. Loads TRL."""
+    parser = make_parser(arguments, command)
+    parser.usage = _usage(command)
+    parser.description = "--config RECIPE.yaml is a YAML file of the options below; those given here go over it."
+    parser.print_help()
+
+
+def _usage(command: str) -> str:
+    return f"dc-trl {command} --config RECIPE.yaml [--OPTION VALUE]…"
 
 
 @dataclass(frozen=True)
@@ -177,7 +195,7 @@ def _names(parser: Any) -> list[str]:
 
 def _suggestion(name: str, parser: Any) -> str:
     close = difflib.get_close_matches(name, _names(parser), n=1)
-    return f". Did you mean {close[0]}?" if close else f". See {parser.prog} --help."
+    return f". Did you mean {close[0]}?" if close else f". See {parser.prog} --help-all."
 
 
 def _check(options: argparse.Namespace) -> None:

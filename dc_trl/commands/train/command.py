@@ -6,7 +6,16 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dc_trl.commands.train.arguments import CommandLine, TrainArguments, find_accelerate_config, make_parser
+from dc_trl.commands.train.arguments import (
+    CommandLine,
+    TrainArguments,
+    asks_for_all_help,
+    asks_for_help,
+    find_accelerate_config,
+    make_parser,
+    print_all_help,
+)
+from dc_trl.commands.train.help import short_help
 from dc_trl.commands.usage import UsageError
 
 
@@ -17,6 +26,12 @@ def train_command(argv: Sequence[str]) -> int:
         UsageError: for unknown options, and for files that do not exist, before any model or data loads; during
             training, for data without usable gold answers, and where there is no checkpoint to resume from.
     """
+    if asks_for_help(argv):
+        print(short_help())
+        return 0
+    if asks_for_all_help(argv):
+        print_all_help(TrainArguments, "train")
+        return 0
     line = CommandLine.read(argv, make_parser())
     if line.must_launch and not line.options.dry_run:
         return line.launch("train")

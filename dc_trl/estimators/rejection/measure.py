@@ -51,3 +51,38 @@ def rejection_metrics(counts: Tensor, names: Sequence[str]) -> dict[str, Tensor]
         values[f"rejection/{name}/tokens"] = lost / tokens
         values[f"rejection/{name}/sequences"] = touched / sequences
     return values
+
+
+def emptied_notices(counts: Tensor, names: Sequence[str]) -> list[tuple[str, str]]:
+    """What to say of an iteration in which a rank had tokens, and none that was kept, as (topic, message).
+
+    Args:
+        counts: (ranks, 2 + 2 (R + 1)), of `rejection_counts` with the verdicts of the rules and then that of all.
+        names: the R rules.
+
+    Returns:
+        Nothing; or one notice, of the whole batch or of the ranks that were emptied, with the rules that did it.
+    """
+    judged, rejected = counts[:, 0], counts[:, -2]
+    emptied = (judged > 0) & (rejected >= judged)
+    if not emptied.any():
+        return []
+    lost = counts[emptied, _TOTALS:-2:2].sum(0) / judged[emptied].sum()
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, lost.tolist(), strict=True) if share)
+    ways_out = (
+        "If that goes on, look for what parts the engines, or widen `rejection_bounds` of the rules that did it: "
+        f"{shares} of these tokens."
+    )
+    if (emptied | (judged == 0)).all():
+        return [
+            (
+                "rejected",
+                f"`rejection` rejected every token of a batch, which therefore trained on nothing. {ways_out}",
+            )
+        ]
+    ranks = ", ".join(map(str, emptied.nonzero().flatten().tolist()))
+    message = (
+        f"`rejection` rejected every token of process {ranks} (of 0 to {len(counts) - 1}), which therefore trained on "
+        f"nothing, while the others did. {ways_out}"
+    )
+    return [("rejected on a rank", message)]

@@ -2,14 +2,12 @@
 """`dc-trl calibrate` on two gloo ranks whose weights FSDP2 shards. Run as a program, it is one of the ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from calibrations import statuses
 from places import SUPPORT
 from problems import write_sums
+from processes import run_ranks
 from tiny import save_tiny_policy
 
 
@@ -31,12 +29,8 @@ def test_sharded_weights_are_nudged_and_put_back(tmp_path: Path) -> None:
         "rollout_backend": "transformers",
         "rollout_precision": "bf16",
     }
-    script = str(SUPPORT / "calibration_ranks_run.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    command += [str(part) for key, value in (flags | options).items() for part in (f"--{key}", value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    words = [str(part) for key, value in (flags | options).items() for part in (f"--{key}", value)]
+    done = run_ranks(SUPPORT / "calibration_ranks_run.py", *words)
     assert done.stdout.count("Recommended:") == 1  # the main process alone prints
     found = json.loads((tmp_path / "out/calibration.json").read_text(encoding="utf-8"))
     assert found["run"]["processes"] == 2 and found["distribution"]["completions"] == 2 * 8 * 8

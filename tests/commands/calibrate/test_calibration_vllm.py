@@ -2,9 +2,6 @@
 """`dc-trl calibrate` of real vLLM: a server with weights over disk, and an engine in the trainer's process."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 from calibrations import statuses
 from problems import write_sums
+from processes import run_python
 from served_policy import BFLOAT16, engine, gap
 from tiny import OFF_TILE, save_tiny_policy, tiny_model
 from vllm_process import VLLMServer
@@ -85,10 +83,8 @@ def test_an_engine_in_the_trainers_process(tmp_path: Path) -> None:
     policy = save_tiny_policy(tmp_path / "policy", tiny_model(**OFF_TILE))
     flags = {"vllm_mode": "colocate", "vllm_max_model_length": "128"}
     # A process of its own: vLLM initialises torch.distributed and does not give it back.
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    argv = [sys.executable, "-m", "dc_trl", *command(tmp_path, policy, **flags)]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    run_python("-m", "dc_trl", *command(tmp_path, policy, **flags), vllm=True, timeout=500, **variables)
     found = result(tmp_path)
     assert set(statuses(found).values()) == {"pass"}
     assert 1e-4 < found["floor"]["value"] < 0.01

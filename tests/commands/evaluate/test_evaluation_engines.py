@@ -2,9 +2,6 @@
 """The engines of `dc-trl evaluate`, each sampling a real policy whose score is known: it answers 7 to everything."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import requests
 import torch
+from processes import run_python
 from tiny import OFF_TILE, save_tiny_policy, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoTokenizer
 from vllm_process import VLLMServer
@@ -245,10 +243,9 @@ def test_vllm_in_this_process(policy: Path, data: Path, tmp_path: Path) -> None:
     kwargs = {"enforce_eager": True, "block_size": 32, "max_model_len": 64}
     kwargs |= {"gpu_memory_utilization": 0.2} if torch.cuda.is_available() else {}
     flags = ["--dtype", "float32", "--vllm_engine_kwargs", json.dumps(kwargs)]
-    command = [sys.executable, "-m", "dc_trl", *arguments(policy, data, tmp_path / "evaluation", *flags)]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    words = arguments(policy, data, tmp_path / "evaluation", *flags)
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = run_python("-m", "dc_trl", *words, vllm=True, timeout=400, **variables)
     assert "| sevens, avg@4 | 3 | 66.7 ± 33.3 | 0.0 | 10 |" in done.stdout
     check_result(tmp_path / "evaluation", "vllm", "float32")
     assert len(read_results(tmp_path)) == 1

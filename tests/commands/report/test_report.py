@@ -28,9 +28,10 @@ from dc_trl.records.run_reader import LARGEST_DRAWN, Run
 
 def test_every_figure_is_plotlys_and_holds_the_logged_values(tmp_path: Path) -> None:
     keys = {s.key for panel in (*MAIN_PANELS, *TAIL_PANELS) for row in panel.rows for s in row.series}
+    keys |= {f"dc/rejection/{rule}/{what}" for rule in ("any", "icepop") for what in ("tokens", "sequences")}
     entries = [{"step": step} | {key: step + 0.25 for key in keys} for step in (1, 2, 3)]
     page = report(write_log(tmp_path, entries))
-    assert set(page.data["figures"]) == {panel.name for panel in (*MAIN_PANELS, *TAIL_PANELS)}
+    assert set(page.data["figures"]) == {panel.name for panel in (*MAIN_PANELS, *TAIL_PANELS)} | {"rejection"}
     for figure in page.data["figures"].values():
         graph_objects.Figure(figure)  # raises for anything that plotly does not know
         for trace in figure["data"]:
@@ -186,6 +187,38 @@ def test_a_panel_without_values_says_so_and_draws_nothing(tmp_path: Path) -> Non
         assert key in page.text
     assert "an engine that gives log-probs" in page.text
     assert "an engine with weights of its own, and two weight syncs" in page.text
+
+
+def test_each_rejection_rule_has_a_row_of_its_own_after_all_of_them(tmp_path: Path) -> None:
+    rules = {"geometric": 0.25, "any": 0.5, "icepop": 0.125}
+    names = {f"dc/rejection/{rule}/{what}": value for rule, value in rules.items() for what in ("tokens", "sequences")}
+    page = report(write_log(tmp_path, [{"step": step} | names for step in (1, 2)]))
+    figure = page.data["figures"]["rejection"]
+    titles = [note["text"] for note in figure["layout"]["annotations"]]
+    assert titles == ["by any rule, fraction", "by geometric, fraction", "by icepop, fraction"]
+    drawn = [(trace["yaxis"], trace["y"], trace["line"]["dash"]) for trace in figure["data"]]
+    values = (("y", 0.5), ("y2", 0.25), ("y3", 0.125))
+    assert drawn == [(axis, [value] * 2, dash) for axis, value in values for dash in ("solid", "dot")]
+    assert (
+        "Rejected tokens and sequences" in page.text and "Solid: of the tokens; dotted: of the sequences" in page.text
+    )
+
+
+@pytest.mark.parametrize("name", ["<b>x</b>", "a/b", "", "x" * 41, "é"])
+def test_a_key_that_is_no_rules_is_not_drawn(tmp_path: Path, name: str) -> None:
+    entries = [{"step": step, "reward": 1.0, f"dc/rejection/{name}/tokens": 0.5} for step in (1, 2)]
+    page = report(write_log(tmp_path, entries))
+    assert set(page.data["figures"]) == {"reward"} and "Rejected tokens" not in page.text
+
+
+def test_many_rules_make_a_taller_panel_and_no_end_of_rows(tmp_path: Path) -> None:
+    entry = {"step": 1, "dc/rejection/any/tokens": 0.5} | {f"dc/rejection/r{i}/tokens": 0.1 for i in range(30)}
+    page = report(write_log(tmp_path, [entry]))
+    layout = page.data["figures"]["rejection"]["layout"]
+    domains = [layout[axis]["domain"] for axis in layout if axis.startswith("yaxis")]
+    assert len(domains) == 12 and all(low + 0.02 < high for low, high in domains)
+    (chart,) = [a for _, a in page.elements if a.get("id") == "chart-rejection"]
+    assert chart["style"] == "--rows:12"
 
 
 def test_what_the_sampler_sees_is_drawn_with_its_healthy_range(tmp_path: Path) -> None:

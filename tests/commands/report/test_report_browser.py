@@ -41,9 +41,11 @@ def browser() -> Iterator[Browser]:
 class Visit:
     """A page that is open, and everything that went wrong on it."""
 
-    def __init__(self, browser: Browser, path: Path, width: int = 1280, scheme: Any = "light") -> None:
+    def __init__(
+        self, browser: Browser, path: Path, width: int = 1280, scheme: Any = "light", motion: Any = "reduce"
+    ) -> None:
         self.context = browser.new_context(
-            offline=True, viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+            offline=True, viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion=motion
         )
         self.page: Page = self.context.new_page()
         self.wrong: list[str] = []
@@ -110,7 +112,9 @@ def test_every_chart_is_drawn(browser: Browser, plain: Path) -> None:
             assert chart.evaluate("chart => chart.data.every(trace => trace.x.length > 0)")
         assert page.locator("#chart-length .shapelayer path").count() == 2  # surge and halving
         assert page.get_by_text("surge, 20").count() == 2
-        assert page.locator("#chart-buckets .bars path").count() > 0
+        for chart in ("buckets", "log_ratios", "positions"):
+            assert page.locator(f"#chart-{chart} .bars path").count() > 0
+        assert page.locator("#chart-probabilities .points path").count() == 10  # one of eleven is not valid
 
 
 def test_no_button_sends_anything_away_or_hides_a_title(browser: Browser, plain: Path) -> None:
@@ -166,12 +170,119 @@ def test_shading_follows_the_discrepancy(browser: Browser, plain: Path) -> None:
         assert page.locator("#top-tokens mark").first.inner_text() == "↵"
 
 
+def test_a_link_to_a_token_keeps_its_highlight_while_the_page_scrolls_smoothly(
+    browser: Browser, tmp_path: Path
+) -> None:
+    folder = write_log(tmp_path / "run", surge_entries())
+    rows = [row for c in range(16) for row in sentence(c, ["word "] * 300, token_id=c)]
+    rows[-1] |= {"discrepancy": 0.5, "sampling_logp": -1.0}  # far down the page
+    write_tokens(folder, 60, rows)
+    report_command([str(folder)])
+    with Visit(browser, folder / "report.html", motion="no-preference") as page:
+        page.locator("#top-tokens button").first.click()
+        page.wait_for_timeout(1_500)
+        current = page.locator(".token.current")
+        assert current.count() == 1 and current.get_attribute("data-i") == "299"
+        box = current.bounding_box()
+        assert box is not None and 0 <= box["y"] <= 900
+        assert "position 299" in page.locator("#tip").inner_text()
+        page.mouse.wheel(0, -5_000)  # out of sight, and back
+        page.wait_for_function("document.getElementById('tip').hidden")
+        assert current.count() == 1
+        page.keyboard.press("Escape")
+        assert current.count() == 0
+
+
+def test_a_click_on_a_chart_opens_the_tokens_of_the_nearest_step(browser: Browser, plain: Path) -> None:
+    with Visit(browser, plain) as page:
+        box = page.locator("#chart-reward .nsewdrag").bounding_box()
+        assert box is not None
+        page.locator("#chart-reward").scroll_into_view_if_needed()
+        for share, step, asked in ((0.4, "30", 24), (0.98, "60", 59)):
+            box = page.locator("#chart-reward .nsewdrag").bounding_box()
+            assert box is not None
+            place = box["x"] + box["width"] * share, box["y"] + box["height"] / 2
+            page.mouse.move(*place)
+            page.mouse.move(place[0] + 1, place[1])
+            page.wait_for_selector("#chart-reward .hoverlayer text")
+            page.mouse.click(place[0] + 1, place[1])
+            page.wait_for_selector("#token-asked:not([hidden])")
+            words = page.locator("#token-asked").inner_text()
+            clicked = int("".join(c for c in words.partition(":")[0].partition(", which")[0] if c.isdigit()))
+            assert abs(clicked - asked) <= 2 and f"tep {step}" in words
+            chosen = page.locator("#token-step option:checked").inner_text()
+            assert chosen.startswith(step)
+            page.locator("#chart-reward").scroll_into_view_if_needed()
+        assert page.locator("#token-step option").all_inner_texts() == [
+            "60 (newest, largest discrepancy)",
+            "30 (first)",
+        ]
+
+
+def test_a_completion_says_its_reward_its_answer_and_the_gold_one(browser: Browser, tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "run", surge_entries())
+    rows = sentence(0, ["a", "b"], reward=1.0, answer="<b>92", gold="92")
+    rows += sentence(1, ["c"], reward=0.0, answer=None, gold="7", token_id=8, rejected=True)
+    rows += sentence(2, ["d"], reward=math.nan, answer=None, gold=None, token_id=9)
+    write_tokens(folder, 60, rows)
+    report_command([str(folder)])
+    with Visit(browser, folder / "report.html") as page:
+        facts = [item.locator("li").all_inner_texts() for item in page.locator(".facts").all()]
+        assert facts[0][:3] == ["reward 1", "answer <b>92", "gold 92"]
+        assert facts[1][:3] == ["reward 0", "no answer found", "gold 7"]
+        assert facts[2][0] == "1 tokens"
+        page.locator(".token.rejected").hover()
+        assert "Rejected by a rule" in page.locator("#tip").inner_text()
+
+
+def test_axes_can_be_logarithmic_where_nothing_is_below_zero(browser: Browser, tmp_path: Path) -> None:
+    entries = [{"step": s, "reward": 10.0**s, "dc/kl": 0.1, "dc/chi2_token": (-1.0) ** s} for s in (1, 2, 3)]
+    folder = write_log(tmp_path / "run", entries)
+    write_tokens(folder, 3, sentence(0, ["a", "b", "c"], discrepancy=0.1, sampling_logp=-0.2))
+    report_command([str(folder)])
+    kinds = "name => document.getElementById(name)._fullLayout.yaxis.type"
+    with Visit(browser, folder / "report.html") as page:
+        charts = ("chart-reward", "chart-chi2_token", "chart-buckets", "chart-log_ratios")
+        assert [page.evaluate(kinds, name) for name in charts] == ["linear"] * 4
+        page.get_by_label("logarithmic axes").check()
+        assert [page.evaluate(kinds, name) for name in charts] == ["log", "linear", "log", "log"]
+        assert page.evaluate("document.getElementById('chart-probabilities')._fullLayout.xaxis.type") == "log"
+        page.get_by_label("logarithmic axes").uncheck()
+        assert [page.evaluate(kinds, name) for name in charts] == ["linear"] * 4
+
+
 def test_another_step_can_be_chosen(browser: Browser, plain: Path) -> None:
     with Visit(browser, plain) as page:
         page.get_by_label("Step").select_option("30")
         assert page.locator(".tokens").all_inner_texts() == ["older step"]
         page.locator(".completion summary").click()
         assert page.locator(".prompt").inner_text() == "p"
+
+
+# The contrast of an element's text with what is behind it, by WCAG 2.
+CONTRAST = """element => {
+  const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+  const linear = (c) => c / 255 <= .03928 ? c / 255 / 12.92 : ((c / 255 + .055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+  let behind = element;
+  while ((parts(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) behind = behind.parentElement;
+  const text = luminance(parts(getComputedStyle(element).color));
+  const ground = luminance(parts(getComputedStyle(behind).backgroundColor));
+  return (Math.max(text, ground) + .05) / (Math.min(text, ground) + .05);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_verdicts_are_words_too_and_every_word_is_readable(browser: Browser, tmp_path: Path, scheme: str) -> None:
+    values = {"dc/discrepancy/mean": 0.004, "dc/tolerance": 0.005, "dc/ess": 0.1, "dc/penalty_share": 0.2}
+    folder = write_log(tmp_path, [{"step": step, "reward": 0.5} | values for step in (1, 2)])
+    report_command([str(folder)])
+    with Visit(browser, folder / "report.html", scheme=scheme) as page:
+        assert page.locator(".verdict h2").inner_text() == "✕ red 1 out of range, 1 to look into, 1 in range"
+        page.locator(".verdict summary").click()
+        assert page.locator(".verdict .judged .badge").all_inner_texts() == ["✕ red", "! amber", "✓ green"]
+        for text in page.locator(".verdict :is(h2, h3, p, .badge, a, summary, code, .value)").all():
+            assert text.evaluate(CONTRAST) >= 4.5, text.inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -20,7 +20,12 @@ from report_pages import hostile_run, report, sentence, surge_entries, write_log
 
 from dc_trl.commands.report.run import build_report
 from dc_trl.commands.report.text import duration, embedded_json, label, number
-from dc_trl.commands.report.tokens import COMPLETIONS, TOKENS, token_view
+from dc_trl.commands.report.tokens.choice import FIRST, NEWEST, WORST, kept_steps, token_logs, worst_step
+from dc_trl.commands.report.tokens.completions import COMPLETIONS
+from dc_trl.commands.report.tokens.figures import POINTS
+from dc_trl.commands.report.tokens.view import TOKENS, token_view
+from dc_trl.commands.report.verdict.bounds import CHECKS
+from dc_trl.commands.report.verdict.links import section_link
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_reader import read_run
 from dc_trl.records.text import visible
@@ -86,12 +91,12 @@ def test_a_completion_with_a_nan_is_shown_among_the_worst(tmp_path: Path) -> Non
 
 
 def test_short_completions_leave_their_room_to_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dc_trl.commands.report.tokens.TOKENS", 100)
+    monkeypatch.setattr("dc_trl.commands.report.tokens.view.TOKENS", 100)
     rows = sentence(0, ["a"] * 80) + sentence(1, ["b"] * 10, token_id=8) + sentence(2, ["c"] * 60, token_id=9)
     write_tokens(write_log(tmp_path, [{"step": 1}]), 1, rows)
     shown = {c["completion"]: len(c["text"]) for c in report(tmp_path).data["steps"][0]["completions"]}
     assert shown == {0: 45, 1: 10, 2: 45}
-    monkeypatch.setattr("dc_trl.commands.report.tokens.TOKENS", 150)
+    monkeypatch.setattr("dc_trl.commands.report.tokens.view.TOKENS", 150)
     shown = {c["completion"]: len(c["text"]) for c in report(tmp_path).data["steps"][0]["completions"]}
     assert shown == {0: 80, 1: 10, 2: 60}
 
@@ -107,6 +112,20 @@ def test_a_token_log_with_other_values_is_left_out(tmp_path: Path, column: str) 
     assert f"was left out: its column {column} holds other values" in report(tmp_path).text
 
 
+@pytest.mark.parametrize("rejected", ["no column", None, True])
+def test_a_token_log_is_shown_with_and_without_what_was_rejected(tmp_path: Path, rejected: bool | str | None) -> None:
+    path = write_tokens(write_log(tmp_path, [{"step": 1}]), 1, sentence(0, ["a", "b"]))
+    table = pq.read_table(path)
+    if rejected == "no column":
+        pq.write_table(table.drop_columns("rejected"), path)  # as before there were rules
+    else:
+        column = pa.array([rejected, rejected], pa.bool_())
+        pq.write_table(table.set_column(table.schema.get_field_index("rejected"), "rejected", column), path)
+    page = report(tmp_path)
+    assert [step["completions"][0]["text"] for step in page.data["steps"]] == [["a", "b"]]
+    assert "was left out" not in page.text
+
+
 def test_the_histogram_puts_tokens_in_the_bucket_of_mu(tmp_path: Path) -> None:
     folder = write_log(tmp_path, surge_entries(5))
     rows = sentence(0, ["a", "b", "c", "d"])
@@ -114,10 +133,17 @@ def test_the_histogram_puts_tokens_in_the_bucket_of_mu(tmp_path: Path) -> None:
         row |= {"sampling_logp": math.log(mu), "discrepancy": d}
     write_tokens(folder, 5, rows)
     (step,) = report(folder).data["steps"]
-    graph_objects.Figure(step["figure"])
-    bars = step["figure"]["data"][0]
+    figure = step["figures"]["buckets"]
+    graph_objects.Figure(figure)
+    bars = figure["data"][0]
     found = {x: y for x, y in zip(bars["x"], bars["y"], strict=True) if y is not None}
     assert found == pytest.approx({"0.01–0.1": 0.2, "0.5–0.75": 0.2, "0.99–1": 0.05})
+    counts = {note["x"]: note["text"] for note in figure["layout"]["annotations"]}
+    assert {name: count for name, count in counts.items() if count != "0"} == {
+        "0.01–0.1": "2",
+        "0.5–0.75": "1",
+        "0.99–1": "1",
+    }
 
 
 def test_a_page_holds_a_bounded_number_of_completions_and_tokens(tmp_path: Path) -> None:
@@ -147,7 +173,121 @@ def test_equal_completions_are_shown_once(tmp_path: Path) -> None:
     (step,) = report(folder).data["steps"]
     assert [completion["times"] for completion in step["completions"]] == [5, 1]
     assert step["total"] == {"completions": 6, "different": 2, "tokens": 12}
-    assert [token["times"] for token in step["top"]["discrepancy"]] == [6, 6]
+    assert [token["times"] for token in step["top"]["discrepancy"]] == [5, 5, 1, 1]  # of another prompt is another
+
+
+def test_the_same_token_after_the_same_tokens_is_listed_once_with_its_largest_size(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    rows = []
+    for completion, (last, discrepancy) in enumerate((("c", 0.3), ("d", 0.4), ("e", 0.5))):
+        words = sentence(completion, ["a", "b", last])
+        for word, token_id in zip(words, (1, 2, 10 + completion), strict=True):
+            word |= {"token_id": token_id}
+        words[1] |= {"discrepancy": discrepancy}
+        rows += words
+    rows += sentence(3, ["x", "b"], token_id=2)
+    rows[-1] |= {"discrepancy": 0.2}  # the same token after another
+    write_tokens(folder, 5, rows)
+    (step,) = report(folder).data["steps"]
+    found = [(token["text"], token["discrepancy"], token["times"]) for token in step["top"]["discrepancy"]]
+    assert found == [("b", 0.5, 3), ("b", 0.2, 1)]
+
+
+# The steps that are kept
+
+
+def test_the_newest_the_first_and_the_step_with_the_largest_discrepancy_are_kept(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, surge_entries(60))
+    for step in range(10, 70, 10):
+        write_tokens(folder, step, sentence(0, ["a", "b"], discrepancy=0.9 if step == 40 else 0.1))
+    rows = sentence(0, ["a", "b"], discrepancy=0.2)
+    rows[0] |= {"discrepancy": 1.0, "valid": False}  # a tool's token has no say
+    write_tokens(folder, 20, rows)
+    steps = {step["step"]: step["why"] for step in report(folder).data["steps"]}
+    assert steps == {60: [NEWEST], 40: [WORST], 30: [], 10: [FIRST]}
+
+
+def test_one_step_has_every_reason_and_a_damaged_one_has_none(tmp_path: Path) -> None:
+    write_tokens(tmp_path, 5, sentence(0, ["a"], discrepancy=0.5))
+    assert kept_steps(token_logs(tmp_path), 4) == {5: [NEWEST, FIRST, WORST]}
+    (tmp_path / "tokens" / "tokens_00009.parquet").write_bytes(b"PAR1 half of a file")
+    assert worst_step(token_logs(tmp_path)) == 5
+    assert kept_steps({}, 4) == {}
+    rewritten(write_tokens(tmp_path, 7, sentence(0, ["a", "b"])), "discrepancy", [math.nan, 0.6])
+    assert worst_step(token_logs(tmp_path)) == 7
+
+
+# Answers and rejection
+
+
+def test_a_completion_has_its_reward_its_answer_and_the_gold_one(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    rows = sentence(0, ["a", "b"], reward=1.0, answer="92", gold="<b>92", rejected=False)
+    rows += sentence(1, ["c"], reward=math.nan, answer=None, gold="92", token_id=8, discrepancy=0.1, rejected=True)
+    write_tokens(folder, 5, rows)
+    second, first = report(folder).data["steps"][0]["completions"]
+    assert (first["reward"], first["answer"], first["gold"], first["rejected"]) == (1.0, "92", "<b>92", [])
+    assert (second["reward"], second["answer"], second["gold"], second["rejected"]) == (None, None, "92", [0])
+
+
+OLD_COLUMNS = ["rejected", "reward", "answer", "gold"]
+
+
+def test_a_token_log_of_an_older_version_is_read(tmp_path: Path) -> None:
+    path = write_tokens(write_log(tmp_path, [{"step": 1}]), 1, sentence(0, ["a", "b"]))
+    pq.write_table(pq.read_table(path).drop_columns(OLD_COLUMNS), path)
+    (step,) = report(tmp_path).data["steps"]
+    (completion,) = step["completions"]
+    assert completion["text"] == ["a", "b"] and completion["rejected"] == []
+    assert [completion[name] for name in ("reward", "answer", "gold")] == [None] * 3
+
+
+# Figures
+
+
+def tokens_of(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
+    """Rows of one completion with these π and μ."""
+    rows = sentence(0, ["t"] * len(pairs))
+    for row, (pi, mu) in zip(rows, pairs, strict=True):
+        row |= {"train_logp": math.log(pi), "sampling_logp": math.log(mu), "discrepancy": abs(pi - mu)}
+    return rows
+
+
+def test_the_figures_of_a_step_are_plotlys_and_hold_its_tokens(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    rows = tokens_of((0.5, 0.75), (0.2, 0.1), (0.9, 0.9), (1e-5, 1e-2))
+    rows[2] |= {"valid": False}
+    write_tokens(folder, 5, rows)
+    figures = report(folder).data["steps"][0]["figures"]
+    for figure in figures.values():
+        graph_objects.Figure(figure)
+    line, points = figures["probabilities"]["data"]
+    assert sorted(zip(points["x"], points["y"], strict=True)) == [(0.01, 1e-5), (0.1, 0.2), (0.75, 0.5)]
+    assert line["x"] == line["y"] == [1e-5, 1]
+    (bars,) = figures["log_ratios"]["data"]
+    assert sum(bars["y"]) == 3 and bars["y"][0] == 1 and "down to -6.91" in bars["customdata"][0]
+    bars, tails = figures["positions"]["data"]
+    assert (bars["x"], bars["y"]) == ([0, 1, 3], pytest.approx([0.25, 0.1, 0.00999]))
+    assert tails["y"] == pytest.approx([0.25, 0.1, 0.00999])
+
+
+def test_figures_without_data_are_absent(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    write_tokens(folder, 4, sentence(0, ["a"], valid=False))
+    write_tokens(folder, 5, sentence(0, ["a"]))  # one position, and no difference
+    newest, first = report(folder).data["steps"]
+    assert set(newest["figures"]) == {"buckets", "probabilities"} and first["figures"] == {}
+
+
+def test_a_large_step_draws_a_bounded_number_of_points_with_the_worst_among_them(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, surge_entries(5))
+    write_tokens(folder, 5, tokens_of(*[(0.5, 0.5)] * 4_000, (0.1, 0.9), (1e-9, 1e-3), *[(0.5, 0.5)] * 4_000))
+    figures = report(folder).data["steps"][0]["figures"]
+    points = figures["probabilities"]["data"][1]
+    drawn = set(zip(points["x"], points["y"], strict=True))
+    assert len(points["x"]) <= POINTS and {(0.9, 0.1), (1e-3, 1e-9)} <= drawn
+    assert len(figures["positions"]["data"][0]["x"]) <= 60
+    assert sum(figures["log_ratios"]["data"][0]["y"]) == 8_002
 
 
 def test_an_unreadable_token_log_is_replaced_by_the_one_before_it_with_a_note(tmp_path: Path) -> None:
@@ -278,13 +418,18 @@ ELEMENTS = set(
 )
 
 
+def project_links() -> set[str | None]:
+    """Addresses of the documentation, which a verdict may lead to. A run has no part in them."""
+    return {section_link(bound.section) for check in CHECKS for bound in check.bounds} - {None}
+
+
 @pytest.mark.parametrize("name", ["<script>window.pwned=1<", '"><img src=x onerror=window.pwned=1>', "\u202ename"])
 def test_hostile_text_makes_no_element_and_no_attribute(tmp_path: Path, name: str) -> None:
     page = report(hostile_run(tmp_path / name), hostile_run(tmp_path / "other"))
     assert {tag for tag, _ in page.elements} <= ELEMENTS
     for _, attributes in page.elements:
         assert not [key for key in attributes if key.startswith("on")]
-        assert not re.match(r"\s*(javascript|data|https?):", attributes.get("href") or "#")
+        assert (attributes.get("href") or "#").startswith("#") or attributes["href"] in project_links()
     assert len(page.scripts) == 4
     assert not re.search("[\u2028\u2029\u202a-\u202e\u2066-\u2069\x00\x07\x1b]", page.text)
     assert visible(HOSTILE[0]) in page.text  # as text it is there
@@ -297,7 +442,8 @@ def test_only_the_pages_own_scripts_may_run_and_nothing_is_loaded(tmp_path: Path
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in page.scripts[1:]]
     assert re.search("script-src ([^;]*);", policy)[1] == " ".join(f"'sha256-{digest}'" for digest in digests)  # type: ignore[index]
     assert not [attributes for _, attributes in page.elements if "src" in attributes]
-    assert {a["href"] for _, a in page.elements if "href" in a} == {
+    assert {a["href"] for _, a in page.elements if "href" in a} - project_links() == {
+        "#verdicts",
         "#summary",
         "#run",
         "#tail",

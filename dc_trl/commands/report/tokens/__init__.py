@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token logs of runs, cut to what a page can hold."""
