@@ -122,8 +122,8 @@ Pages: [calibrate](calibration.md), [evaluate](evaluation.md), [report](report.m
 
 `dc-trl train` takes `--config FILE.yaml`, every field of `DCGRPOConfig` and of TRL's `ModelConfig` as a flag or a key
 of the file, and those below. A flag wins over the file. An unknown option is an error with the nearest known name;
-with `--accelerate_config` it goes to Accelerate's launcher. `--help` is a page of the usual options; `--help-all` lists
-every one, for `dc-trl calibrate` too.
+with `--accelerate_config` it goes to Accelerate's launcher. `--help` is a page of the usual options; `--help-all`
+lists every one, for `dc-trl calibrate` too.
 
 {options}
 """
