@@ -139,20 +139,20 @@ CAUSE = (
     ),
     Claim(
         "mild",
-        "at half of its rate it is: without any discrepancy it ends higher",
+        "the mild regime, at half the rate, is unstable because of the discrepancy: without any it ends higher",
         "both papers",
         _accuracy(MILD, "exact", "plain"),
         first=True,
     ),
     Claim(
         "mild",
-        "at half of its rate, TIS ends higher than plain GRPO",
+        "mild: TIS ends higher than plain GRPO",
         "Yao et al. 2025",
         _accuracy(MILD, "tis", "plain"),
     ),
     Claim(
         "mild",
-        "at half of its rate, DC-GRPO with TIS ends higher than TIS",
+        "mild: DC-GRPO with TIS ends higher than TIS",
         "the question that the paper left out",
         _accuracy(MILD, "dc", "tis"),
         first=True,
