@@ -36,7 +36,9 @@ class SavingTrainer(GuardTrainer):
             model_card.complete(Path(str(self.args.output_dir)), self.args, *state)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as TRL does. A resumed run goes on from a checkpoint that was written to its end.
+        """Trains as TRL does, from fresh rollouts; a second call goes on with multiplier and tolerance.
+
+        A resumed run goes on from a checkpoint that was written to its end.
 
         Args:
             resume_from_checkpoint: a checkpoint's path; or True for the newest in `output_dir` that is whole, where
@@ -44,6 +46,7 @@ class SavingTrainer(GuardTrainer):
 
         Raises:
             CheckpointError: the checkpoint that is named is half-written, or there is none that is whole.
+            RuntimeError: another trainer sends its weights over disk from the same `output_dir`.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
