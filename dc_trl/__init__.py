@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dc_trl.trainer import DCGRPOTrainer as DCGRPOTrainer
     from dc_trl.training.length_decay_callback import LengthDecayCallback as LengthDecayCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "DCGRPOConfig": "dc_trl.config",

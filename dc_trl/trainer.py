@@ -95,7 +95,8 @@ class DCGRPOTrainer(SavingTrainer):
 
     Attributes:
         dual ([`~dc_trl.dual.DualVariable`]): the multiplier λ.
-        discrepancy_tolerance (`float` or `None`): the tolerance in use; None while it is being calibrated.
+        discrepancy_tolerance (`float` or `None`): the tolerance in use, in units of the metric; None while it is being
+            calibrated. Can be set.
         step_observers (`list`): called as `observer(inputs, step)` with TRL's batch and the record of each
             micro-batch, [`~dc_trl.step.Step`]; the instruments and the token log are the first two.
     """

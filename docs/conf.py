@@ -11,6 +11,8 @@ import yaml
 DOCS = Path(__file__).parent
 PROJECT = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"].get("Repository")
+# A link that is named by its file is named by its title on the site.
+FILE_NAME = re.compile(r"\[(\w+\.md)\]\((?=\1)")
 LINK_OUT = re.compile(r"\[([^\]`]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
 project = PROJECT["name"]
@@ -21,7 +23,10 @@ extensions = ["myst_parser"]
 # Anchors as GitHub makes them, so that one link works on both.
 myst_heading_anchors = 4
 html_theme = "pydata_sphinx_theme"
-html_theme_options = {"secondary_sidebar_items": ["page-toc"], "show_prev_next": False}
+html_theme_options = {"navbar_center": [], "secondary_sidebar_items": ["page-toc"], "show_prev_next": False}
+html_sidebars = {"**": ["globaltoc.html"]}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"{project} {release}"
 html_show_sourcelink = False
 html_copy_source = False
@@ -35,7 +40,8 @@ def contents() -> str:
     trees = []
     for section in yaml.safe_load((DOCS / "_toctree.yml").read_text(encoding="utf-8")):
         pages = [f"{page['title']} <{page['local']}>" for page in section["sections"] if page["local"] != "index"]
-        trees.append("\n".join(["```{toctree}", ":hidden:", f":caption: {section['title']}", "", *pages, "```"]))
+        options = [":hidden:", ":titlesonly:", f":caption: {section['title']}"]
+        trees.append("\n".join(["```{toctree}", *options, "", *pages, "```"]))
     return "\n\n".join(trees)
 
 
@@ -51,7 +57,7 @@ def linked_out(match: re.Match[str]) -> str:
 
 def read_page(app: Any, name: str, source: list[str]) -> None:
     """What is made of a page before Sphinx parses it."""
-    source[0] = LINK_OUT.sub(linked_out, source[0])
+    source[0] = FILE_NAME.sub("[](", LINK_OUT.sub(linked_out, source[0]))
     if name == "index":
         source[0] += f"\n\n{contents()}\n"
 

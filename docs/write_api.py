@@ -96,6 +96,26 @@ CONTENTS = {
     ),
 }
 
+# What a number may be, and one that it may not be.
+BOUNDS: dict[str, tuple[str, float]] = {
+    "discrepancy_tolerance": ("≥ 0", -0.1),
+    "tolerance_slack": ("≥ 0", -0.1),
+    "tolerance_calibration_batches": ("≥ 1", 0),
+    "multiplier_init": ("0 to `multiplier_max`", 1.1),
+    "multiplier_max": ("≥ 0", -0.1),
+    "dual_lr": ("≥ 0", -0.1),
+    "penalty_share_cap": ("> 0", 0.0),
+    "drpo_limit": ("> 0", 0.0),
+    "length_decay_period": ("≥ 1", 0),
+    "length_surge_ratio": ("> 1", 1.0),
+    "length_decay_factor": ("> 0", 0.0),
+    "length_decay_min_lr_ratio": ("above 0, at most 1", 1.1),
+    "ess_rate_reference": ("above 0, at most 1", 1.1),
+    "ess_rate_min_scale": ("above 0, at most 1", 0.0),
+    "gradient_guard": ("> 1, or `inf`", 1.0),
+    "gradient_guard_patience": ("≥ 1", 0),
+}
+
 # Where a field is explained.
 MORE = {
     "discrepancy_tolerance": "tuning.md",
@@ -122,7 +142,8 @@ Pages: [calibrate](calibration.md), [evaluate](evaluation.md), [report](report.m
 
 `dc-trl train` takes `--config FILE.yaml`, every field of `DCGRPOConfig` and of TRL's `ModelConfig` as a flag or a key
 of the file, and those below. A flag wins over the file. An unknown option is an error with the nearest known name;
-with `--accelerate_config` it goes to Accelerate's launcher.
+with `--accelerate_config` it goes to Accelerate's launcher. `--help` is a page of the usual options; `--help-all`
+lists every one, for `dc-trl calibrate` too.
 
 {options}
 """
@@ -266,6 +287,8 @@ def members(found: type, name: str, doc: Docstring) -> Iterator[str]:
     for key, text in described.items():
         yield f"- `.{key}`: {text}"
     for key, value in own.items():
+        if key == "__call__":
+            yield f"- Called with {', '.join(f'`{each}`' for each in _named(value))}: {_summary(value, f'{name}()')}"
         if key.startswith("_") or key in fields or key in described or not _is_member(value):
             continue
         yield f"- `.{key}{_call(value)}`: {_summary(value, f'{name}.{key}')}"
@@ -296,11 +319,17 @@ def _call(value: Any) -> str:
     return f"({', '.join(each.name for each in given)})"
 
 
+def _named(value: Any) -> list[str]:
+    """The parameters that a method has a name for."""
+    given = list(inspect.signature(value).parameters.values())[1:]
+    return [each.name for each in given if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
 def _summary(value: Any, what: str) -> str:
-    """The first paragraph of a member's docstring, and what it raises."""
+    """A member's docstring without its parameters, on one line."""
     doc = docstring(value.fget if isinstance(value, property) else value, what)
-    first = one_line(doc.text.split("\n\n")[0])
-    return " ".join([first, *filter(None, raised(doc))])
+    returned = [f"Returns: {one_line(doc.sections['Returns'])}"] if "Returns" in doc.sections else []
+    return " ".join([one_line(doc.text), *returned, *filter(None, raised(doc))])
 
 
 def fields_table() -> str:
@@ -312,11 +341,17 @@ def fields_table() -> str:
         if field.name in theirs and field.default == theirs[field.name]:
             continue
         choices = [f"`{choice}`" if choice is not None else "None" for choice in field.metadata.get("choices", [])]
-        values = ", ".join(choices) or annotation(hints[field.name])
+        values = ", ".join(choices) or _numbers(field.name, annotation(hints[field.name]))
         note = " TRL's default differs." if field.name in theirs else ""
         more = f" [More]({MORE[field.name]})." if field.name in MORE else ""
         rows.append([f"`{field.name}`", f"`{field.default}`", values, field.metadata["help"] + note + more])
     return table(["field", "default", "values", "what it does"], rows)
+
+
+def _numbers(name: str, of: str) -> str:
+    """The bounds of a field in the place of `float` or `int`."""
+    bounds = BOUNDS.get(name, ("", 0))[0]
+    return re.sub("float|int", bounds, of, count=1) if bounds else of
 
 
 def options_table() -> str:

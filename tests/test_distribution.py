@@ -56,7 +56,8 @@ def test_it_holds_nothing_that_a_run_left(files: dict[str, bytes]) -> None:
 def test_the_description_is_the_readme(metadata: Message) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
-    assert len(metadata.get_all("Project-URL") or []) >= 2
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL") or [])
+    assert all(address.startswith("https://") for address in addresses.values()) and len(addresses) >= 2
 
 
 def test_no_python_is_named_that_was_not_tried(metadata: Message) -> None:

@@ -2,6 +2,7 @@
 """pyproject.toml says what the package imports, and in which versions it was tried."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from places import ROOT
+
+import dc_trl
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -123,7 +126,10 @@ def test_every_job_of_the_matrix_has_its_files() -> None:
     assert files and all(Path(ROOT, file).exists() for file in files)
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_changelog_and_citation_are_of_this_version() -> None:
+    assert dc_trl.__version__ == PROJECT["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\d\S*)", changes, flags=re.MULTILINE)[0] == PROJECT["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]

@@ -37,8 +37,9 @@ class SavingTrainer(GuardTrainer):
             model_card.complete(Path(str(self.args.output_dir)), self.args, *state, chats=chats)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as TRL does. A resumed run goes on from a checkpoint that was written to its end; one that is of the
-        run's last step trains nothing.
+        """Trains as TRL does, from fresh rollouts; a second call goes on with multiplier and tolerance.
+
+        A resumed run goes on from a checkpoint that was written to its end; one of the run's last step trains nothing.
 
         Args:
             resume_from_checkpoint: a checkpoint's path; or True for the newest in `output_dir` that is whole, where
@@ -46,6 +47,7 @@ class SavingTrainer(GuardTrainer):
 
         Raises:
             CheckpointError: the checkpoint that is named is half-written, or there is none that is whole.
+            RuntimeError: another trainer sends its weights over disk from the same `output_dir`.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)

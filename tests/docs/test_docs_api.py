@@ -202,6 +202,18 @@ def test_the_configuration_table_is_the_config() -> None:
         assert sorted(choices) == sorted(values) or not choices, name
 
 
+@pytest.mark.parametrize("name", writer().BOUNDS)
+def test_bounds_are_those_of_the_configuration(name: str, tmp_path: Path) -> None:
+    bounds, outside = writer().BOUNDS[name]
+    assert bounds in next(cells[2] for cells in rows("api.md") if cells[0].strip() == f"`{name}`")
+    options = {"rollout_backend": "transformers", "bf16": False, "length_decay": True, "ess_rate": True}
+    # What counts with others alone.
+    options |= {"gradient_guard": 10.0, "vllm_importance_sampling_mode": "drpo"}
+    DCGRPOConfig(str(tmp_path), **options)
+    with pytest.raises(ValueError, match=rf"`{name}`"):
+        DCGRPOConfig(str(tmp_path), **(options | {name: outside}))
+
+
 def test_the_options_of_train_are_its_arguments() -> None:
     fields = {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -49,6 +49,7 @@ def small(tmp_path: Path) -> Path:
     docs = tmp_path / "docs"
     docs.mkdir()
     shutil.copy(DOCS / "conf.py", docs)
+    shutil.copytree(DOCS / "_static", docs / "_static")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (docs / "_toctree.yml").write_text("- title: All\n  sections: [{local: index, title: A}, {local: b, title: B}]\n")
     (docs / "b.md").write_text("# B\n\n## The loop of λ\n")
