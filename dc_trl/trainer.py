@@ -18,7 +18,6 @@ from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance, penal
 from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
 from dc_trl.estimators.importance import DRPO, ImportanceSampling
-from dc_trl.estimators.penalty_form import PenaltyForm
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.token_log import TokenLog
 from dc_trl.rollouts.engines import check_log_prob_source, check_route_source
@@ -138,7 +137,6 @@ class DCGRPOTrainer(SavingTrainer):
             self.dual,
             DiscrepancyTolerance(args.discrepancy_tolerance, args.tolerance_slack, args.tolerance_calibration_batches),
             args.discrepancy_level,
-            PenaltyForm(args.constraint_scale, args.penalty_horizon, args.penalty_share_cap),
         )
         self._instruments = Instruments()
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
