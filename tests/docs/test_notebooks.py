@@ -3,16 +3,20 @@
 
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from places import ROOT
 from processes import environment
+from tiny import save_tiny_policy
+from transformers import AutoModelForCausalLM
 
 EXAMPLES = ROOT / "examples"
-NAMES = ("finetune_with_dc_grpo", "reading_a_discrepancy")  # the second reads the run of the first
+NAMES = ("finetune_with_dc_grpo", "reading_a_discrepancy", "published_model")  # the second reads the run of the first
 
 
 def saved(name: str) -> Any:
@@ -31,18 +35,20 @@ def text(notebook: Any) -> str:
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Both notebooks, run in a copy of the examples, offline."""
+    """The notebooks, run in a copy of the examples, offline; `published_model` on a random policy."""
     folder = tmp_path_factory.mktemp("checkout") / "examples"
     shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("outputs", "__pycache__", ".ipynb_checkpoints"))
     done = {}
     with pytest.MonkeyPatch.context() as patch:
-        for variable, value in environment(CUDA_VISIBLE_DEVICES="").items():
+        model = str(save_tiny_policy(folder.parent / "stand-in", dtype="float32"))
+        for variable, value in environment(CUDA_VISIBLE_DEVICES="", STORY_MODEL=model).items():
             patch.setenv(variable, value)
         for name in NAMES:
             done[name] = saved(name)
             resources = {"metadata": {"path": str(folder / "notebooks")}}
             # Raises CellExecutionError with the cell and its traceback.
             NotebookClient(done[name], timeout=400, kernel_name="python3", resources=resources).execute()
+        done["published_model"].metadata.folder = str(folder / "notebooks/outputs/story")
     return done
 
 
@@ -59,6 +65,18 @@ def test_reading_finds_the_run_and_its_tokens(executed: dict[str, Any]) -> None:
     assert "lagrangian, int4 rollouts" in said
     assert re.search(r"above the tolerance in \d+% of the logged steps", said)
     assert "healthy" in said  # calibrate's last word
+
+
+@pytest.mark.slow
+def test_a_published_model_is_calibrated_trained_reported_and_saved(executed: dict[str, Any]) -> None:
+    notebook = executed["published_model"]
+    said, folder = text(notebook), Path(notebook.metadata.folder)
+    assert "healthy" in said and "exit status 0" in said
+    assert re.findall(r"(nearest|dither): right on held-out problems", said) == ["nearest", "dither"]
+    assert "update that the sampler has" in said
+    assert (folder / "report.html").stat().st_size > 100_000
+    assert AutoModelForCausalLM.from_pretrained(folder / "deployed").dtype == torch.bfloat16
+    assert "2606.08779" in (folder / "dither/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", NAMES)
