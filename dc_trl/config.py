@@ -9,13 +9,12 @@ from typing import Any
 from trl import GRPOConfig
 
 from dc_trl.constraint import CONSTRAINTS, DISCREPANCY_LEVELS
-from dc_trl.discrepancy import DISCREPANCY_METRICS
+from dc_trl.discrepancy import METRICS
 from dc_trl.estimators import combinations
 from dc_trl.estimators.drpo import DRPO_LIMIT, check_limit
 from dc_trl.estimators.ess_rate import check_fraction
 from dc_trl.estimators.gradient_guard import check_guard, check_patience
 from dc_trl.estimators.importance import CORRECTIONS, DRPO
-from dc_trl.estimators.penalty_form import CONSTRAINT_SCALES, PENALTY_HORIZONS, check_penalty_form
 from dc_trl.estimators.rejection import RULES, resolve_bounds
 from dc_trl.estimators.rejection.combinations import check_rejection
 from dc_trl.length_decay import check_factor, check_min_ratio, check_period
@@ -61,8 +60,8 @@ class DCGRPOConfig(GRPOConfig):
     )
     discrepancy_metric: str = _option(
         "prob_diff",
-        "Discrepancy of a token, eq. 2; the default is the paper's, `logit_diff` is ours.",
-        choices=list(DISCREPANCY_METRICS),
+        "Discrepancy of a token, eq. 2; the default is the paper's.",
+        choices=METRICS.keys(),
     )
     discrepancy_level: str = _option(
         "token",
@@ -84,19 +83,6 @@ class DCGRPOConfig(GRPOConfig):
     multiplier_init: float = _option(0.1, "λ_0; 0.1 on Qwen3-8B, 0.05 on Qwen3-30B-A3B (secondary source).")
     multiplier_max: float = _option(1.0, "Upper end of λ's range. Not given by the paper: our value.")
     dual_lr: float = _option(1.0, "Dual learning rate, eq. 11; 1.0 in the paper (secondary source).")
-    constraint_scale: str = _option(
-        "absolute",
-        "`absolute`: a token costs d, the violation is d̄ − ε (the paper's); `relative`: d/ε and d̄/ε − 1. Ours.",
-        choices=list(CONSTRAINT_SCALES),
-    )
-    penalty_horizon: str = _option(
-        "token",
-        "`token`: each pays for itself (the paper's); `to_go`: for itself and what follows, over the length. Ours.",
-        choices=list(PENALTY_HORIZONS),
-    )
-    penalty_share_cap: float | None = _option(
-        None, "Most that the penalty may be of |A|, in means over a micro-batch; None: no bound. Ours."
-    )
 
     rejection: list[str] | None = _option(
         None,
@@ -153,6 +139,12 @@ class DCGRPOConfig(GRPOConfig):
         False,
         "With each log entry, write log π, log μ, discrepancy and penalty of every token of the last generation batch "
         "to `output_dir/tokens/`; `dc-trl report` shows them.",
+    )
+    log_format: str = _option(
+        "line",
+        "What a log entry prints: `line`, reward, length, discrepancy of tolerance, λ and seconds; `full`, all of it, "
+        "as TRL. `output_dir/log.jsonl` has all in either case.",
+        choices=["line", "full"],
     )
     router_replay: bool = _option(
         False,
@@ -244,7 +236,6 @@ class DCGRPOConfig(GRPOConfig):
             self._check_sampling()
         if self.constraint != "none":
             combinations.check_penalty(self)
-            check_penalty_form(self)
         self._check_guard()
 
     def _check_rejection(self) -> None:

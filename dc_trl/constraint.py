@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dc_trl.discrepancy import trajectory_mean
 from dc_trl.dual import DualVariable
-from dc_trl.estimators.penalty_form import PenaltyForm
 
 DISCREPANCY_LEVELS = ("token", "sequence")
 
@@ -195,7 +194,6 @@ class DiscrepancyConstraint:
         dual: the multiplier; only `lagrangian` moves it.
         tolerance: the tolerance; every kind calibrates it, so that the violation is logged.
         level: `"token"` or `"sequence"`; see `discrepancy_penalty`.
-        form: what a token is charged for; by default its discrepancy, as in the paper.
     """
 
     def __init__(
@@ -204,13 +202,11 @@ class DiscrepancyConstraint:
         dual: DualVariable,
         tolerance: DiscrepancyTolerance,
         level: str = "token",
-        form: PenaltyForm | None = None,
     ) -> None:
         self.kind = kind
         self.dual = dual
         self.tolerance = tolerance
         self.level = level
-        self.form = PenaltyForm() if form is None else form
 
     @property
     def _adapts(self) -> bool:
@@ -218,7 +214,7 @@ class DiscrepancyConstraint:
 
     @property
     def _needs_tolerance(self) -> bool:
-        return KINDS[self.kind].needs_tolerance or (self.form.is_relative and self.kind != "none")
+        return KINDS[self.kind].needs_tolerance
 
     @property
     def multiplier(self) -> float:
@@ -231,25 +227,20 @@ class DiscrepancyConstraint:
 
         Args:
             discrepancy, valid: as for `discrepancy_penalty`.
-            advantages: A, (B, 1) or (B, T); what a cap of the form is a share of.
+            advantages: A, (B, 1) or (B, T), for a constraint of one's own; no kind's penalty depends on them.
         """
-        tolerance = self.tolerance.value
-        penalty = discrepancy_penalty(
-            self.form.cost(discrepancy.detach(), valid, tolerance),
+        return discrepancy_penalty(
+            discrepancy.detach(),
             valid,
             constraint=self.kind,
             multiplier=self.multiplier,
-            tolerance=self.form.tolerance(tolerance),
+            tolerance=self.tolerance.value,
             level=self.level,
         )
-        return penalty if advantages is None else self.form.capped(penalty, advantages, valid)
 
     def violation(self, mean_discrepancy: float) -> float:
-        """Mean discrepancy − tolerance, of a relative scale over the tolerance; NaN while calibrating.
-
-        Positive where the constraint is violated.
-        """
-        return self.form.violation(mean_discrepancy, self.tolerance.value)
+        """Mean discrepancy − tolerance, positive where the constraint is violated; NaN while calibrating."""
+        return math.nan if self.tolerance.value is None else mean_discrepancy - self.tolerance.value
 
     def metrics(self, mean_discrepancy: float) -> dict[str, float]:
         """What is logged of an iteration: `multiplier`, and `tolerance` and `violation` once they are known."""
@@ -285,8 +276,6 @@ class DiscrepancyConstraint:
         waiting = f"no penalty yet: calibrating the tolerance on {self.tolerance.batches} generation batches."
         notices = [("calibrating", waiting)] if self._needs_tolerance else []
         if self.tolerance.value is not None:
-            if self._needs_tolerance:
-                self.form.check_calibrated(self.tolerance.value)
             notices.append(("calibrated", self._calibrated(self.tolerance.value)))
         return notices
 
@@ -335,9 +324,6 @@ class DiscrepancyConstraint:
             "multiplier_init": self.dual.init,
             "multiplier_max": self.dual.maximum,
             "dual_lr": self.dual.lr,
-            "constraint_scale": self.form.scale,
-            "penalty_horizon": self.form.horizon,
-            "penalty_share_cap": self.form.share_cap,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance, penal
 from dc_trl.discrepancy import correction_metrics, mean_discrepancy, metrics
 from dc_trl.dual import DualVariable
 from dc_trl.estimators.importance import DRPO, ImportanceSampling
-from dc_trl.estimators.penalty_form import PenaltyForm
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.token_log import TokenLog
 from dc_trl.rollouts.engines import check_log_prob_source, check_route_source
@@ -29,6 +28,7 @@ from dc_trl.training.ess_rate_callback import EssRateCallback
 from dc_trl.training.instruments import Instruments
 from dc_trl.training.judged import Judged
 from dc_trl.training.length_decay_callback import LengthDecayCallback
+from dc_trl.training.line_callbacks import in_lines
 from dc_trl.training.ragged import score_in_parts
 from dc_trl.training.rate_callback import RateCallback
 from dc_trl.training.saving_trainer import SavingTrainer
@@ -65,6 +65,7 @@ class DCGRPOTrainer(SavingTrainer):
     - `log`, `callback_handler`, `_tokenizer`: metrics of length-decay and of the gradient norm; the token log
     - `push_to_hub`, `_push_from_checkpoint`: a push sends the model and its card
     - `_save_rng_state`, `train`: a checkpoint is sealed when every process has written it, and resumed from if it is
+    - `_run_epoch`, `control`: a finished run that is resumed trains nothing
     - `save_model`, `_load_optimizer_and_scheduler`, `create_model_card`, `_name`, `_paper`, `_tag_names`: state, card
     - `vllm_generation`, `use_vllm`, `vllm_mode`, `_last_loaded_step`, `temperature`: the slot of the rollout engine,
       `sync_weights()` and `generate()`
@@ -136,7 +137,6 @@ class DCGRPOTrainer(SavingTrainer):
             self.dual,
             DiscrepancyTolerance(args.discrepancy_tolerance, args.tolerance_slack, args.tolerance_calibration_batches),
             args.discrepancy_level,
-            PenaltyForm(args.constraint_scale, args.penalty_horizon, args.penalty_share_cap),
         )
         self._instruments = Instruments()
         self._token_log = TokenLog(Path(str(args.output_dir))) if args.log_tokens else None
@@ -154,6 +154,8 @@ class DCGRPOTrainer(SavingTrainer):
             self.add_callback(decay)
         if args.ess_rate:
             self.add_callback(EssRateCallback(args.ess_rate_reference, args.ess_rate_min_scale))
+        if args.log_format == "line":
+            self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
         self.add_callback(RunLogCallback({"rounding_in_force": self._sync_rounding}))
 
     def _handle_dropout(self) -> None:

@@ -104,7 +104,6 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "multiplier_init": ("0 to `multiplier_max`", 1.1),
     "multiplier_max": ("≥ 0", -0.1),
     "dual_lr": ("≥ 0", -0.1),
-    "penalty_share_cap": ("> 0", 0.0),
     "drpo_limit": ("> 0", 0.0),
     "length_decay_period": ("≥ 1", 0),
     "length_surge_ratio": ("> 1", 1.0),

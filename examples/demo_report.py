@@ -7,8 +7,9 @@ import demo_quiet  # noqa: F401
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from dc_trl.training.line_callbacks import standing
+
 DISCREPANCY = "dc/discrepancy/mean"
-TOLERANCE = "dc/tolerance"
 MULTIPLIER = "dc/multiplier"
 ENTROPY = "entropy"
 REWARD = "reward"
@@ -18,7 +19,7 @@ Log = list[dict[str, Any]]
 
 
 class ProgressCallback(TrainerCallback):
-    """One line that says how the run stands: reward, discrepancy against tolerance, and multiplier."""
+    """The line that `dc-trl train` prints at each step, in one place beside a progress bar."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Opens the bar."""
@@ -29,11 +30,7 @@ class ProgressCallback(TrainerCallback):
         """Moves the bar to the step that was just logged."""
         if "reward" not in logs:
             return
-        limit = f" of {logs[TOLERANCE]:.4f}" if TOLERANCE in logs else ""
-        self.bar.set_description_str(
-            f"reward {logs['reward']:.2f}, discrepancy {logs[DISCREPANCY]:.4f}{limit}, λ {logs[MULTIPLIER]:.3f}",
-            refresh=False,
-        )
+        self.bar.set_description_str(standing(logs), refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dc_trl import __version__
+from dc_trl.commands.quiet import silence_imports
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.text import terminal
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (help, _) in COMMANDS.items():
         commands.add_parser(name, help=help, add_help=False)
     command = parser.parse_known_args(argv[:1])[0].command
+    silence_imports()
     module, _, function = COMMANDS[command][1].partition(":")
     try:
         return int(getattr(import_module(module), function)(argv[1:]))

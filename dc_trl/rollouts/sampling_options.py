@@ -11,8 +11,9 @@ name is refused: an option of a later vLLM is harmful until somebody has looked.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
+
+from dc_trl.rollouts.versions import TRUNCATION_CORRECTED, trl_is, trl_version
 
 # The engine that is to take an option: vLLM, the copy of the policy in this process, or a `rollout_func`'s own.
 VLLM, IN_PROCESS, ANY_ENGINE = "vllm", "transformers", "any"
@@ -21,9 +22,6 @@ _RESHAPES = (
     "it truncates or shifts the sampling distribution, so the engines' probabilities of a token differ even when they "
     "agree"
 )
-# TRL's importance sampling knows of truncation from here on (its release notes, 1.17.0): "unbiased under top-k, top-p
-# and min-p". Whether its log-probs then mean one distribution under a constraint as well, nobody has tried.
-TRUNCATION_CORRECTED = (1, 17)
 _READS = "TRL would read the first log-prob that comes back, which need no longer be the sampled token's"
 _UNKNOWN = "it is not among the options that are known to leave sampling distribution and log-probs as they are"
 
@@ -147,16 +145,15 @@ def objection(
         return None
     reason = "this engine does not follow it" if option.free else option.reason.format(**settings)
     if option.truncates and engine != IN_PROCESS:
-        reason += _truncation_in_trl(version("trl"))
+        reason += _truncation_in_trl()
     return f"{reason}. {_way_out(engine, option, without)}"
 
 
-def _truncation_in_trl(installed: str) -> str:
+def _truncation_in_trl() -> str:
     """What the installed TRL makes of truncated sampling, to follow the reason."""
-    major, minor = installed.split(".")[:2]
-    if (int(major), int(minor)) < TRUNCATION_CORRECTED:
-        return f". TRL {installed} scores under the whole softmax; it corrects for truncation from 1.17 on"
-    return f". TRL {installed} corrects its importance sampling for that, but no constraint was tried with it"
+    if trl_is(TRUNCATION_CORRECTED):
+        return f". TRL {trl_version()} corrects its importance sampling for that, but no constraint was tried with it"
+    return f". TRL {trl_version()} scores under the whole softmax; it corrects for truncation from 1.17 on"
 
 
 def _way_out(engine: str, option: Option | None, without: str) -> str:

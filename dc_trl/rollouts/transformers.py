@@ -8,7 +8,7 @@ Shapes: n unfinished sequences, P tokens of the longest prompt, T completion tok
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,8 @@ class TransformersGeneration:
         sync_metrics: of the last sync, see `UpdateSeen.finish`.
         last_routes: with `record_routes`, the experts chosen in the last `generate`, one tensor (prompt and
             completion, layers, experts a token) a sequence: see `dc_trl.rollouts.router_replay`.
+        on_progress: called before each token with the share that is sampled, counted in the longest completions
+            that there may be, 0 to 1; None by default.
 
     Raises:
         ValueError: unknown precision, temperature not above 0, unsupported option, nothing to quantise, or routes of
@@ -112,6 +114,7 @@ class TransformersGeneration:
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any id will do
         self._generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         self.last_routes: list[torch.Tensor] = []
+        self.on_progress: Callable[[float], None] | None = None
         self._synced = False
         logger.info("rollout precision %s, quantisation %s", precision or "as trained", self.quantization)
 
@@ -190,7 +193,8 @@ class TransformersGeneration:
         autocast = self.accelerator.autocast() if self.precision is None else nullcontext()
         with profiler or nullcontext(), autocast, self._recorder or nullcontext():
             for start in range(0, len(prompts), size):
-                chunk = self._decode(prompts[start : start + size], greedy)
+                rows = prompts[start : start + size]
+                chunk = self._decode(rows, greedy, start / len(prompts), len(rows) / len(prompts))
                 completions += chunk[0]
                 logprobs += chunk[1]
         nested_logprobs = [[[value] for value in sequence] for sequence in logprobs]
@@ -198,7 +202,10 @@ class TransformersGeneration:
         return prompts, completions, nested_logprobs, nested_ids
 
     @torch.inference_mode()
-    def _decode(self, prompts: list[list[int]], greedy: bool) -> tuple[list[list[int]], list[list[float]]]:
+    def _decode(
+        self, prompts: list[list[int]], greedy: bool, before: float, share: float
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Samples a part, `share`, of what is asked for, of which `before` is done: both for `on_progress` alone."""
         count, horizon = len(prompts), self.max_completion_length
         tokens = torch.zeros(count, horizon, dtype=torch.long, device=self._device)
         logprobs = torch.zeros(count, horizon, device=self._device)
@@ -206,6 +213,8 @@ class TransformersGeneration:
         batch = self._prefill(prompts)
         routes = RolloutRoutes(self._recorder, prompts, horizon) if self._recorder else None
         for step in range(horizon):
+            if self.on_progress is not None:
+                self.on_progress(before + share * step / horizon)
             drawn, drawn_logprobs = self._draw(batch.logits, greedy)
             tokens[batch.rows, step] = drawn
             logprobs[batch.rows, step] = drawn_logprobs

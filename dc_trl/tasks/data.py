@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset, Features, Value, load_dataset
 
 from dc_trl.tasks.json_files import BadFileError, check_json_file, line_of_row
+from dc_trl.tasks.prompts import plain_text
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ BOXED_TEMPLATE = "{problem}\n\nReason step by step, and put your final answer wi
 
 
 # Named, or a numeric column `solution` of the source would turn the answers back into numbers.
-_FEATURES = Features({"prompt": [{"role": Value("string"), "content": Value("string")}], "solution": Value("string")})
+_MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 
 
 class DatasetError(ValueError):
@@ -65,6 +66,7 @@ def load_math_dataset(
     answer_column: str | None = None,
     prompt_template: str = BOXED_TEMPLATE,
     deduplicate: bool = False,
+    plain: bool = False,
 ) -> Dataset:
     """Loads problems and their answers.
 
@@ -81,9 +83,10 @@ def load_math_dataset(
         prompt_template: makes the user message of a problem given as text, at `{problem}`. Message lists stay as they
             are: they bring their instructions.
         deduplicate: keep the first row of each problem, which DAPO-Math-17k needs (see this module).
+        plain: give prompts as plain text, for a model without a chat template; see `dc_trl.tasks.prompts`.
 
     Returns:
-        A dataset with the columns `prompt`, a list of messages, and `solution`, a string.
+        A dataset with the columns `prompt`, a list of messages or a string, and `solution`, a string.
 
     Raises:
         DatasetError: for a missing file, column or answer, with the way out.
@@ -98,11 +101,13 @@ def load_math_dataset(
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         where = _Place(name, numbers[index])
-        return {"prompt": _messages(row[problem], prompt_template, where), "solution": _answer(row[answer], where)}
+        messages = _messages(row[problem], prompt_template, where)
+        return {"prompt": plain_text(messages) if plain else messages, "solution": _answer(row[answer], where)}
 
     columns = dataset.column_names
+    features = Features({"prompt": Value("string") if plain else _MESSAGES, "solution": Value("string")})
     try:
-        return dataset.map(convert, with_indices=True, remove_columns=columns, features=_FEATURES, desc="Formatting")
+        return dataset.map(convert, with_indices=True, remove_columns=columns, features=features, desc="Formatting")
     except DatasetError:
         raise
     except Exception as error:  # Arrow hands out a row when it is asked for: text that is no UTF-8 shows here

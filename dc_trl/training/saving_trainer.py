@@ -33,12 +33,13 @@ class SavingTrainer(GuardTrainer):
         if self.is_world_process_zero():
             tolerance, multiplier = self._constraint.tolerance.value, self._constraint.dual.value
             state = (tolerance, multiplier, self._sync_rounding, self.state.log_history)
-            model_card.complete(Path(str(self.args.output_dir)), self.args, *state)
+            chats = bool(getattr(self.processing_class, "chat_template", None))
+            model_card.complete(Path(str(self.args.output_dir)), self.args, *state, chats=chats)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as TRL does, from fresh rollouts; a second call goes on with multiplier and tolerance.
 
-        A resumed run goes on from a checkpoint that was written to its end.
+        A resumed run goes on from a checkpoint that was written to its end; one of the run's last step trains nothing.
 
         Args:
             resume_from_checkpoint: a checkpoint's path; or True for the newest in `output_dir` that is whole, where
@@ -67,9 +68,17 @@ class SavingTrainer(GuardTrainer):
         choice = gather_object(found)[0]
         if isinstance(choice, CheckpointError):
             raise choice
-        for path, wrong in choice.passed_over.items():
-            logger.warning("DC-GRPO, resuming: %s is passed over: it was not written to its end, %s.", path, wrong)
+        if self.accelerator.is_main_process:
+            for path, wrong in choice.passed_over.items():
+                logger.warning("DC-GRPO, resuming: %s is passed over: it was not written to its end, %s.", path, wrong)
         return str(choice.taken)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers asks after each step whether it was the last one, so a finished run would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -121,3 +130,11 @@ class SavingTrainer(GuardTrainer):
             for notice in restore(self._constraint, self._instruments, Path(checkpoint), measured_with(self)):
                 if self.accelerator.is_main_process:
                     logger.warning("DC-GRPO, resuming: %s", notice)
+            if self.state.global_step >= self.state.max_steps and self.accelerator.is_main_process:
+                logger.warning(
+                    "DC-GRPO, resuming: %s is of step %d, and this run ends at step %d: nothing is trained. To go on, "
+                    "raise `max_steps` or `num_train_epochs`.",
+                    checkpoint,
+                    self.state.global_step,
+                    self.state.max_steps,
+                )

@@ -189,10 +189,7 @@ def _reconcile(
     if changed or not then:
         constraint.tolerance.restart()
         notices.append(_of_calibration(changed, constraint))
-    # λ is a penalty per unit of cost: with another unit, the same number means another thing.
-    names: tuple[str, ...] = ("constraint_scale", "penalty_horizon")
-    units = {name: settings.pop(name) for name in names if name in settings}
-    if kinds == ("lagrangian", "lagrangian") and "discrepancy_metric" not in changed and not units:
+    if kinds == ("lagrangian", "lagrangian") and "discrepancy_metric" not in changed:
         if "multiplier_init" in settings or constraint.dual.value != saved:
             notices.append(_of_carried_multiplier(saved, constraint))
         settings.pop("multiplier_init", None)
@@ -201,7 +198,6 @@ def _reconcile(
         if kinds[0] != kinds[1] or constraint.kind == "lagrangian":
             was = {"constraint": kinds[0], **then}
             reason = _differences(was, {"constraint": kinds[1], "discrepancy_metric": now["discrepancy_metric"]})
-            reason |= units
             notices.append(_of_new_multiplier(saved, reason, constraint))
     settings.pop("constraint", None)
     if settings:

@@ -5,6 +5,8 @@ All arms train the same model on the same replayed rollouts, so generation costs
 timed: scoring, loss, backward, optimizer. The arms alternate within one process; peak memory is a process's each.
 
     python examples/benchmarks/step_time.py
+    python examples/benchmarks/step_time.py --cpu-time --rejection icepop max_tv   # and what these rules cost; or all
+    python examples/benchmarks/step_time.py --cpu-time --rejection all --rounds 0   # the shares alone, no arms
     python examples/benchmarks/step_time.py --hidden 1024 --layers 28 --vocab 151936 --tokens 1024 --bf16   # a GPU
 """
 
@@ -25,8 +27,20 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, 
 from trl import GRPOConfig, GRPOTrainer
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
+from dc_trl.estimators.rejection import RULES
 
 ARMS = ("dc-grpo", "grpo-corrected", "grpo-uncorrected")
+REJECTING = "dc-grpo-rejecting"
+# Around what a random policy and the replay disagree by, so that each rule has something to reject and to keep.
+BOUNDS: dict[str, dict[str, float]] = {
+    "geometric": {"low": 0.5, "high": 2.0},
+    "token_veto": {"low": 0.01},
+    "max_tv": {"high": 0.5},
+    "kpop": {"high": 0.001},
+    "icepop": {"low": 0.5, "high": 2.0},
+    "dppo_tv": {"high": 0.001},
+    "dppo_kl": {"high": 0.001},
+}
 
 
 class ReplayEngine:
@@ -110,7 +124,10 @@ def build_trainer(arm: str, options: argparse.Namespace, directory: str) -> GRPO
     }
     data = Dataset.from_dict({"prompt": ["a b c d"] * 64})
     arguments = {"train_dataset": data, "processing_class": tokenizer}
-    if arm == "dc-grpo":
+    if arm in ("dc-grpo", REJECTING):
+        if arm == REJECTING:
+            common |= {"rejection": options.rejection}
+            common |= {"rejection_bounds": {name: BOUNDS[name] for name in options.rejection}}
         args = DCGRPOConfig(**common, rollout_backend="transformers", discrepancy_tolerance=1e-9)
         trainer: GRPOTrainer = DCGRPOTrainer(model, _reward, args, **arguments)
     else:
@@ -134,21 +151,24 @@ def time_steps(arm: str, options: argparse.Namespace, directory: str) -> list[fl
     return clock.seconds[1:]
 
 
-def time_constraint(options: argparse.Namespace, directory: str) -> float:
-    """Share of a DC-GRPO step spent on the constraint and all of its metrics."""
-    trainer, clock, spent = build_trainer("dc-grpo", options, directory), Clock(options.cpu_time), []
-    for name in ("_constrain", "_finish_iteration"):
+def time_constraint(arm: str, options: argparse.Namespace, directory: str) -> tuple[float, float]:
+    """Share of a step spent on the constraint, its rules and all metrics; and the fraction of tokens rejected."""
+    trainer, clock, spent = build_trainer(arm, options, directory), Clock(options.cpu_time), []
+    for name in ("_constrain", "_settle_early", "_settle_late", "_finish_iteration"):
         method = getattr(trainer, name)
 
-        def timed(*args: Any, _method: Any = method) -> None:
+        def timed(*args: Any, _method: Any = method) -> Any:
             start = clock._now()
-            _method(*args)
-            spent.append(clock._now() - start)
+            result = _method(*args)
+            if trainer.state.global_step:  # the first step is left out
+                spent.append(clock._now() - start)
+            return result
 
         setattr(trainer, name, timed)
     trainer.add_callback(clock)
     trainer.train()
-    return sum(spent[2:]) / sum(clock.seconds[1:])
+    rejected = [entry.get("dc/rejection/any/tokens", 0.0) for entry in trainer.state.log_history]
+    return sum(spent) / sum(clock.seconds[1:]), rejected[0]
 
 
 def peak_memory(arm: str, argv: list[str]) -> float:
@@ -175,8 +195,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="weights in bfloat16")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--cpu-time", action="store_true", help="processor's seconds, for a machine with other load")
-    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--rejection", nargs="+", default=[], choices=[*RULES, "all"], help="times these rules too")
+    parser.add_argument("--memory-of", choices=[*ARMS, REJECTING], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if "all" in options.rejection:
+        options.rejection = list(RULES)
+    return options
 
 
 def main() -> None:
@@ -187,20 +211,23 @@ def main() -> None:
             time_steps(options.memory_of, options, directory)
             print(json.dumps(own_peak()))
             return
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        arms = (*ARMS, REJECTING) if options.rejection else ARMS
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for _ in range(options.rounds):
-            for arm in ARMS:
+            for arm in arms:
                 seconds[arm] += time_steps(arm, options, directory)
-        share = time_constraint(options, directory)
+        shares = {arm: time_constraint(arm, options, directory) for arm in arms if arm.startswith("dc-grpo")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     print(f"\n{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {vars(options)}")
     ours = seconds["dc-grpo"]
-    for arm in ARMS:
+    for arm in arms if options.rounds else ():
         median, best = statistics.median(seconds[arm]), min(seconds[arm])
         peak = peak_memory(arm, sys.argv[1:])
         print(f"{arm:18} median {median:.4f} s  best {best:.4f} s  peak {peak:7.0f} MiB", end="  ")
         print(f"dc-grpo is {statistics.median(ours) / median:.3f} (medians), {min(ours) / best:.3f} (bests) of it")
-    print(f"constraint and all metrics: {share:.2%} of a dc-grpo step")
+    for arm, (share, rejected) in shares.items():
+        what = f", with {len(options.rejection)} rules that reject {rejected:.1%} of the tokens" if rejected else ""
+        print(f"constraint and all metrics{what}: {share:.2%} of a {arm} step")
 
 
 if __name__ == "__main__":

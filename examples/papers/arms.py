@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The regimes and arms of the protocol: nothing but public options of the library, and two controls that say so."""
+"""The regimes and arms of the protocol: public options of the library, and trainers of this folder that say so."""
 
+from functools import partial
 from typing import Any
 
 from papers.controls import ShuffledPenaltyTrainer
+from papers.penalty_forms import FormTrainer, PenaltyForm
 from papers.setups import Arm, Regime
 
 # Regimes
@@ -84,24 +86,28 @@ MILD_ARMS = (*CAUSE_ARMS, *_named(STABILITY_ARMS, "tis", "dc"))
 
 # The penalty's other forms, with TIS
 
-_RELATIVE: Options = {
-    "constraint_scale": "relative",
-    "multiplier_init": 0.1,
-    "multiplier_max": 0.3,
-    "dual_lr": 0.05,
-}
+_BITES: Options = {"multiplier_init": 0.1, "multiplier_max": 0.3, "dual_lr": 0.05}
 _LOGIT: Options = {"discrepancy_metric": "logit_diff"}
+_RELATIVE = PenaltyForm(relative=True)
+_TO_GO = PenaltyForm(relative=True, to_go=True)
+
+
+def _form(name: str, form: PenaltyForm, options: Options | None = None, placebo: bool = False) -> Arm:
+    kind = ShuffledPenaltyTrainer if placebo else FormTrainer
+    return Arm(name, _BITES | (options or {}), trainer=partial(kind, form=form))
+
+
 FORM_ARMS = (
-    Arm("relative", _RELATIVE),
-    Arm("relative-logit", _RELATIVE | _LOGIT),
-    Arm("relative-placebo", _RELATIVE, trainer=ShuffledPenaltyTrainer),
-    Arm("relative-logit-placebo", _RELATIVE | _LOGIT, trainer=ShuffledPenaltyTrainer),
-    Arm("relative-ratio", {**_RELATIVE, "discrepancy_metric": "prob_ratio"}),
-    Arm("relative-logprob", {**_RELATIVE, "discrepancy_metric": "logprob_diff"}),
-    Arm("relative-to-go", {**_RELATIVE, "penalty_horizon": "to_go"}),
-    Arm("relative-logit-to-go", {**_RELATIVE, **_LOGIT, "penalty_horizon": "to_go"}),
+    _form("relative", _RELATIVE),
+    _form("relative-logit", _RELATIVE, _LOGIT),
+    _form("relative-placebo", _RELATIVE, placebo=True),
+    _form("relative-logit-placebo", _RELATIVE, _LOGIT, placebo=True),
+    _form("relative-ratio", _RELATIVE, {"discrepancy_metric": "prob_ratio"}),
+    _form("relative-logprob", _RELATIVE, {"discrepancy_metric": "logprob_diff"}),
+    _form("relative-to-go", _TO_GO),
+    _form("relative-logit-to-go", _TO_GO, _LOGIT),
     Arm("tis-entropy", {**TIS, "use_adaptive_entropy": True, "entropy_target": 3.4, "entropy_coef_delta": 0.02}),
-    Arm("relative-capped", {**_RELATIVE, "penalty_share_cap": 0.05}),
+    _form("relative-capped", PenaltyForm(relative=True, share_cap=0.05)),
     Arm("rejection-geometric", {**TIS, "rejection": ["geometric"]}),
     Arm("rejection-dppo-tv", {**TIS, "rejection": ["dppo_tv"]}),
 )

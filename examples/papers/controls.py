@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dc_trl import DCGRPOTrainer
+from papers.penalty_forms import FormTrainer, PenaltyForm
 
 
-class ShuffledPenaltyTrainer(DCGRPOTrainer):
+class ShuffledPenaltyTrainer(FormTrainer):
     """The placebo: each micro-batch's penalties, of the same sizes, dealt out at random over its tokens."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, form: PenaltyForm | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, form=form or PenaltyForm(), **kwargs)
         self._deal = torch.Generator().manual_seed(self.args.seed)
         self._own_penalty = self._constraint.penalty
         self._constraint.penalty = self._shuffled  # type: ignore[method-assign]

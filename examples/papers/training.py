@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
 from papers.outcomes import curves, outcomes
+from papers.penalty_forms import add_logit_diff
 from papers.setups import GROUP, Arm, Regime
 from papers.stack import Stack
 from papers.start import WARMUP_STEPS, held_out_problems, load_policy, training_problems, warm_start
@@ -75,6 +76,7 @@ def build_trainer(
 ) -> DCGRPOTrainer:
     """The trainer of a run, as any user would build it from the library's public options."""
     set_seed(seed)
+    add_logit_diff()
     config = DCGRPOConfig(seed=seed, **options)
     tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
     count = round(arm.data * regime.rollouts * regime.batch / GROUP)

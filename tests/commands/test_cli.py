@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -51,6 +52,34 @@ def test_trains_the_tiny_recipe(tiny: Path) -> None:
 def test_plans_in_a_process_of_its_own(tiny: Path) -> None:
     result = run_python("-m", "dc_trl", "train", f"--config={TINY}", "--dry_run")
     assert "updates per generation batch" in result.stdout and not (tiny / "outputs/tiny/run").exists()
+
+
+def test_a_step_is_one_line_and_nothing_else_is_said(tiny: Path) -> None:
+    pytest.importorskip("math_verify")
+    options = ["--max_steps", "3", "--logging_steps", "1", "--steps_per_generation", "1", "--report_to", "none"]
+    command = [sys.executable, "-m", "dc_trl", "train", "--config", str(TINY), *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    steps = [f"step {step}/3: reward " for step in (1, 2, 3)] + ["step 3/3: the end, after "]
+    lines = result.stdout.splitlines()
+    assert [line.startswith(step) for line, step in zip(lines, steps, strict=True)] == [True] * 4
+    assert not any(name in result.stderr for name in ("torchao", "pytree", "riton"))
+    # The bars of training and of what loads rewrite their line; a message has one of its own.
+    (message,) = [line for line in re.split("[\r\n]", result.stderr) if "no penalty yet" in line]
+    assert message.startswith("DC-GRPO: no penalty yet: calibrating the tolerance")
+
+
+def test_a_script_keeps_the_notices_of_its_imports() -> None:
+    # Loading the package, its commands included, sets no level; a level that was set stays.
+    code = (
+        "import logging\nimport dc_trl.commands.cli, dc_trl.commands.train.command, dc_trl.trainer\n"
+        "from dc_trl.commands.quiet import IMPORT_NOTICES, silence_imports\n"
+        "levels = lambda: [logging.getLogger(name).level for name in IMPORT_NOTICES]\n"
+        "before = levels()\nlogging.getLogger('torchao').setLevel(logging.DEBUG)\nsilence_imports()\n"
+        "print(before, levels())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0, 0, 0, 0] [10, 40, 40, 40]"
 
 
 def test_rules_come_from_the_command_line(tiny: Path) -> None:

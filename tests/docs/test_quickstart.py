@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import reasoning_gym
+from cards import quick_start
 from places import ROOT
 from processes import run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,6 +159,14 @@ def test_policy_and_card(demo: tuple[Path, str]) -> None:
     assert model.config.model_type == "qwen3"
     assert len(AutoTokenizer.from_pretrained(demo[0])) == model.config.vocab_size
     assert "2606.08779" in (demo[0] / "README.md").read_text()
+
+
+def test_the_quick_start_of_the_card_runs(
+    demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo[0])
+    exec(quick_start(demo[0]), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_says_what_it_does_not_show(demo: tuple[Path, str]) -> None:

@@ -38,7 +38,6 @@ MOST = {
     "prob_diff": 1.0,
     "prob_ratio": math.expm1(LOG_RATIO_BOUND),
     "logprob_diff": LOG_RATIO_BOUND,
-    "logit_diff": LOG_RATIO_BOUND,
 }
 
 # On a grid of powers of two, as float32 holds it, so that a comparison is not one of roundings.

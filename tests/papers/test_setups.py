@@ -3,21 +3,26 @@
 
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from dc_trl import DCGRPOConfig
+from dc_trl.discrepancy import METRICS
 
 
 def test_every_arm_is_a_configuration(tmp_path: Path) -> None:
     from papers.blocks import BLOCKS
+    from papers.penalty_forms import add_logit_diff
 
-    for block in BLOCKS.values():
-        for regime, arm in block.runs:
-            config = DCGRPOConfig(output_dir=str(tmp_path), **(regime.options | arm.options_in(regime)))
-            assert config.generation_batch_size == regime.batch, (regime.name, arm.name)
-            assert config.max_steps == regime.rollouts * regime.updates
+    with patch.dict(METRICS):
+        add_logit_diff()
+        for block in BLOCKS.values():
+            for regime, arm in block.runs:
+                config = DCGRPOConfig(output_dir=str(tmp_path), **(regime.options | arm.options_in(regime)))
+                assert config.generation_batch_size == regime.batch, (regime.name, arm.name)
+                assert config.max_steps == regime.rollouts * regime.updates
 
 
 def test_no_run_is_planned_twice_and_arms_come_seed_by_seed() -> None:

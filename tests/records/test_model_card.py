@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from cards import quick_start
 from hostile import BAD_RESULTS, LARGE
 from hostile_text import HOSTILE
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from matplotlib import pyplot
 from PIL import Image
+from runs import dc_trainer
+from tiny import tiny_tokenizer
 
 from dc_trl import DCGRPOConfig
 from dc_trl.records.card.curves import PANELS, save_curves
@@ -317,3 +320,20 @@ def test_untrusted_text_stays_text_in_a_card(tmp_path: Path, text: str) -> None:
 
 def _read(token: Any) -> str:
     return "".join(part.content for part in token.children)
+
+
+@pytest.mark.parametrize("chats", [True, False], ids=["a chat model", "a base model"])
+def test_the_quick_start_of_a_card_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chats: bool
+) -> None:
+    tokenizer = tiny_tokenizer()
+    if not chats:
+        tokenizer.chat_template = None
+    trainer = dc_trainer(tmp_path, processing_class=tokenizer)
+    trainer.save_model()
+    trainer.create_model_card(model_name="tiny")
+    snippet = quick_start(tmp_path)
+    assert ('"role"' in snippet) == chats
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    assert capsys.readouterr().out.strip()

@@ -146,7 +146,7 @@ def test_without_constraint_they_are_trls_business_but_not_the_in_process_engine
 def test_the_reason_against_truncation_is_that_of_the_installed_trl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, installed: str, words: str
 ) -> None:
-    monkeypatch.setattr("dc_trl.rollouts.sampling_options.version", {"trl": installed}.__getitem__)
+    monkeypatch.setattr("dc_trl.rollouts.versions.version", {"trl": installed}.__getitem__)
     for engine in ({}, {"use_vllm": True}):
         with pytest.raises(ValueError, match=rf"`{name}`.*{words}.*constraint='none'"):
             config(tmp_path, **{name: HARMFUL[name]}, **engine)

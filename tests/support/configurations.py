@@ -17,9 +17,6 @@ FIELDS: dict[str, Sequence[Any]] = {
     "discrepancy_average": ("trajectory", "token"),
     "discrepancy_tolerance": (None, 0.001, 0.0),
     "multiplier_init": (0.1, 0.0, 2.0),
-    "constraint_scale": ("absolute", "relative"),
-    "penalty_horizon": ("token", "to_go"),
-    "penalty_share_cap": (None, 0.05),
     "vllm_importance_sampling_mode": (
         "token_truncate",
         "token_mask",

@@ -6,9 +6,11 @@
 Each rank leaves what it has seen in DIRECTORY/rank{N}.pt: a `report` for each run.
 """
 
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from datasets import Dataset
 from runs import dc_trainer, replayed_rollouts
 from tiny import published_model, tiny_model
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 from dc_trl import DCGRPOTrainer
 from dc_trl.rollouts.rounding import Dither
 from dc_trl.training.master_weights import MASTER
+from dc_trl.training.resuming import CheckpointError
 
 GLOBAL_BATCH = 16  # four groups of four: two prompts a rank where there are two
 PROMPTS = Dataset.from_dict({"prompt": [f"{first}+{i}=" for i in range(1, 7) for first in "2431"]})
@@ -73,11 +76,15 @@ def far_if_odd(prompts: list[str], trainer: Any) -> dict[str, Any]:
 def train(
     output_dir: Path,
     world_size: int,
-    resume: str | None = None,
+    resume: str | bool | None = None,
     trainers: list[DCGRPOTrainer] | None = None,
+    prepare: Callable[[DCGRPOTrainer], None] = lambda trainer: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Runs a trainer on the same global batch whatever the number of processes, and reports; adds it to `trainers`."""
+    """Runs a trainer on the same global batch whatever the number of processes, and reports; adds it to `trainers`.
+
+    `prepare` may change it before it trains.
+    """
     defaults = {
         "train_dataset": PROMPTS,
         "shuffle_dataset": False,
@@ -92,6 +99,7 @@ def train(
     logging.getLogger("dc_trl").addHandler(warnings)
     trainer = dc_trainer(output_dir, **(defaults | options))
     assert trainer.accelerator.num_processes == world_size
+    prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     logging.getLogger("dc_trl").removeHandler(warnings)
     if trainers is not None:
@@ -309,6 +317,117 @@ def dithered_sharded(directory: Path, world_size: int) -> dict[str, Any]:
     return dithered(directory, world_size)
 
 
+# The guard knows what is usual after eight steps; then the loss of rank 1 alone is far off, and next it is NaN.
+FAULTS = {9: 1e4, 10: float("nan")}
+
+
+class Snapshots(TrainerCallback):
+    """Weights, whole, and this rank's moments as each step leaves them."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, torch.Tensor] = {}
+        self.moments: dict[int, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        self.weights[step] = torch.cat([_whole(p.detach()).flatten() for p in kwargs["model"].parameters()])
+        kept = kwargs["optimizer"].state_dict()["state"].values()
+        numbers = [v for state in kept for v in state.values() if isinstance(v, torch.Tensor)]
+        local = [v.to_local() if isinstance(v, DTensor) else v for v in numbers]
+        self.moments[step] = torch.cat([v.detach().double().flatten() for v in local])
+
+
+def guarded(directory: Path, world_size: int, resume: str | None = None) -> dict[str, Any]:
+    """Two faulty losses on the last rank under a guard; leaves a checkpoint between them."""
+
+    def break_losses(trainer: DCGRPOTrainer) -> None:
+        compute_loss = trainer._compute_loss
+
+        def faulty(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+            is_last = trainer.accelerator.process_index == world_size - 1
+            return compute_loss(model, inputs) * (FAULTS.get(trainer.state.global_step + 1, 1.0) if is_last else 1.0)
+
+        trainer._compute_loss = faulty
+
+    snapshots, trainers = Snapshots(), []
+    options = {"gradient_guard": 50.0, "learning_rate": 1e-4, "max_steps": 11, "save_strategy": "steps"}
+    result = train(
+        directory, world_size, resume, trainers, break_losses, callbacks=[snapshots], save_steps=9,
+        rollout_func=replayed_rollouts(), **options,
+    )  # fmt: skip
+    lines = (directory / "skipped.jsonl").read_text().splitlines()
+    return result | {
+        "steps": snapshots.weights,
+        "moments": snapshots.moments,
+        "skipped": [json.loads(line) for line in lines],
+        "guard": trainers[0]._guard.state_dict(),
+    }
+
+
+def guarded_resumed(directory: Path, world_size: int) -> dict[str, Any]:
+    """`guarded` again from its checkpoint, between the two steps that are left out."""
+    return guarded(directory, world_size, str(directory.with_name("guarded") / "checkpoint-9"))
+
+
+def guarded_sharded(directory: Path, world_size: int) -> dict[str, Any]:
+    """`guarded` with weights that FSDP2 shards."""
+    shard_with_fsdp2()
+    return guarded(directory, world_size)
+
+
+def guarded_sharded_resumed(directory: Path, world_size: int) -> dict[str, Any]:
+    """`guarded_sharded` again from its checkpoint."""
+    shard_with_fsdp2()
+    return guarded(directory, world_size, str(directory.with_name("guarded_sharded") / "checkpoint-9"))
+
+
+def sealed(directory: Path, world_size: int) -> dict[str, Any]:
+    """Checkpoints that the last rank is late to write; and what is resumed when one or both lack the seal."""
+    save_rng_state, save_to_json = Trainer._save_rng_state, TrainerState.save_to_json
+    there: dict[str, list[str]] = {}
+
+    def late(self: Trainer, output_dir: str) -> None:
+        if self.accelerator.process_index == world_size - 1:
+            time.sleep(1)
+        save_rng_state(self, output_dir)
+
+    def listing(self: TrainerState, json_path: str) -> None:
+        folder = Path(json_path).parent
+        there[folder.name] = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        save_to_json(self, json_path)
+
+    options = {"save_strategy": "steps", "save_steps": 2, "rollout_func": replayed_rollouts()}
+    Trainer._save_rng_state, TrainerState.save_to_json = late, listing
+    try:
+        result = train(directory, world_size, **options)
+    finally:
+        Trainer._save_rng_state, TrainerState.save_to_json = save_rng_state, save_to_json
+
+    _remove_seal(directory / "checkpoint-4")
+    resumed = train(directory, world_size, True, **options)
+    _remove_seal(directory / "checkpoint-2")
+    _remove_seal(directory / "checkpoint-4")
+    try:
+        train(directory, world_size, True, **options)
+    except CheckpointError as error:
+        return result | {"there": there, "resumed": resumed, "refused": str(error)}
+    raise AssertionError("a half-written checkpoint was resumed from")
+
+
+def _remove_seal(checkpoint: Path) -> None:
+    """Has a checkpoint look as if the run had been killed before it was whole."""
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        (checkpoint / "trainer_state.json").unlink()
+    torch.distributed.barrier()
+
+
+def sealed_sharded(directory: Path, world_size: int) -> dict[str, Any]:
+    """`sealed` with each rank writing its own shards."""
+    shard_with_fsdp2("SHARDED_STATE_DICT")
+    return sealed(directory, world_size)
+
+
 def shard_with_fsdp2(state_dict: str = "FULL_STATE_DICT") -> None:
     """Has Accelerate use FSDP2 for gloo ranks on the CPU, where torch has it but Accelerate 1.15 insists on DDP."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict}
@@ -347,6 +466,12 @@ RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
         one_rounding_resumed,
         one_rounding_sharded,
         one_rounding_sharded_resumed,
+        guarded,
+        guarded_resumed,
+        guarded_sharded,
+        guarded_sharded_resumed,
+        sealed,
+        sealed_sharded,
     )
 }
 

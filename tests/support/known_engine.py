@@ -35,15 +35,16 @@ class KnownEngine:
         self.survives = 10**9
         self.script: dict[int, Completion] = {}
 
-    def learn(self, benchmark: Benchmark, seed: int = 0, samples: int = 32) -> None:
+    def learn(self, benchmark: Benchmark, seed: int = 0, samples: int = 32, plain: bool = False) -> None:
         """Prepares the answers to a benchmark's problems, by seed."""
-        for draw in planned_draws(load_problems(benchmark, BOXED_TEMPLATE), samples, seed):
+        for draw in planned_draws(load_problems(benchmark, BOXED_TEMPLATE, plain=plain), samples, seed):
             place = (draw.problem.index, draw.sample)
             text = f"I think it is \\boxed{{{draw.problem.gold if place in self.right else -1}}}."
             self.script[draw.seed] = Completion(text, 10 + draw.sample, place in self.cut)
 
     def complete(self, requests: list[Request], max_tokens: int) -> Iterator[tuple[int, Completion]]:
         self.max_tokens = max_tokens
+        self.prompts = [request.prompt for request in requests]
         for index in reversed(range(len(requests))):  # any order will do
             if len(self.seen) == self.survives:
                 raise ConnectionError("the machine is gone")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import RUNS
+from distributed_run import FAULTS, RUNS
 from places import SUPPORT
 from processes import run_ranks
 from tiny import published_model
@@ -205,3 +205,51 @@ def test_ranks_share_one_rounding_of_their_masters_and_resume(name: str, tmp_pat
         assert torch.equal(resumed["weights"], whole["weights"])
     assert torch.equal(ranks[0][name]["weights"], ranks[1][name]["weights"])
     assert torch.equal(ranks[0][name]["masters"], ranks[1][name]["masters"])
+
+
+@pytest.mark.parametrize("name", ["guarded", "guarded_sharded"])
+def test_ranks_leave_out_the_steps_that_one_of_them_spoils(name: str, tmp_path: Path) -> None:
+    ranks = launch(tmp_path, name, f"{name}_resumed")
+    last = max(FAULTS) + 1
+    for rank in ranks:
+        whole, resumed = rank[name], rank[f"{name}_resumed"]
+        assert whole["sharded"] == name.endswith("sharded")
+        steps, moments = whole["steps"], whole["moments"]
+        for step in FAULTS:
+            assert torch.equal(steps[step], steps[step - 1]) and torch.equal(moments[step], moments[step - 1])
+        assert not torch.equal(steps[last], steps[last - 1]) and not torch.equal(steps[1], steps[min(FAULTS) - 1])
+        assert steps[last].isfinite().all() and moments[1].numel() > 0
+        assert values(whole, "dc/guard/skipped") == [float(step in FAULTS) for step in range(1, last + 1)]
+        assert whole["guard"]["skipped"] == 2 and whole["guard"]["in_a_row"] == 0
+        # Both ranks' completions are written, once, in the order of the ranks.
+        assert [line["step"] for line in whole["skipped"]] == list(FAULTS)
+        for line in whole["skipped"]:
+            places = [(row["process"], row["row"]) for row in line["completions"]]
+            assert places == [(process, row) for process in range(2) for row in range(8)]
+        assert [line["in_a_row"] for line in whole["skipped"]] == [1, 2]
+        # The checkpoint lies between the two: the count goes on.
+        assert torch.equal(resumed["weights"], whole["weights"]) and resumed["guard"] == whole["guard"]
+        assert resumed["skipped"] == whole["skipped"][1:]
+    assert torch.equal(ranks[0][name]["weights"], ranks[1][name]["weights"])
+    assert ranks[0][name]["guard"] == ranks[1][name]["guard"]
+
+
+@pytest.mark.parametrize("name", ["sealed", "sealed_sharded"])
+def test_a_checkpoint_is_sealed_when_every_rank_has_written_it(name: str, tmp_path: Path) -> None:
+    ranks = launch(tmp_path, name)
+    first, second = (rank[name] for rank in ranks)
+    sharded = name.endswith("sharded")
+    assert first["sharded"] == sharded
+    written = ["rng_state_0.pth", "rng_state_1.pth", "dc_grpo_state.json", "scheduler.pt"]
+    written += ["pytorch_model_fsdp_0/__1_0.distcp", "optimizer_0/__1_0.distcp"] if sharded else ["model.safetensors"]
+    assert list(first["there"]) == ["checkpoint-2", "checkpoint-4"] and not second["there"]
+    for there in first["there"].values():
+        assert set(written) <= set(there) and "trainer_state.json" not in there
+    # Without its seal the newest is passed over by both ranks, and said by one.
+    for rank in (first, second):
+        assert torch.equal(rank["resumed"]["weights"], rank["weights"])
+        assert values(rank["resumed"], "dc/multiplier") == values(rank, "dc/multiplier")
+        assert "holds no checkpoint to resume from" in rank["refused"]
+        assert "checkpoint-4 was not written to its end: it has no trainer_state.json" in rank["refused"]
+    said = [[m for m in rank["resumed"]["warnings"] if "is passed over" in m] for rank in (first, second)]
+    assert len(said[0]) == 1 and "checkpoint-4 is passed over" in said[0][0] and not said[1]

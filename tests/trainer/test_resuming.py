@@ -156,6 +156,55 @@ def test_rollouts_that_a_checkpoint_cuts_are_made_anew(tmp_path: Path, step: int
     assert resumed.state.global_step == 4
 
 
+FINISHED: dict[str, dict[str, Any]] = {
+    "replayed": {},
+    "accumulating": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "reused": {"num_iterations": 2},
+    "one rounding": {"rollout_func": None, "bf16": True, "sync_rounding": "dither", "rollout_precision": "bf16"},
+    "at the end of its epochs": {"train_dataset": PROMPTS.select(range(4)), "max_steps": -1, "num_train_epochs": 2},
+}
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_finished_run_that_is_resumed_trains_nothing(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = SAVING | {"optim": "adamw_torch"} | FINISHED[name]
+    if options["rollout_func"] is None:
+        del options["rollout_func"]
+    first = dc_trainer(tmp_path, **options)
+    first.train()
+    files = sorted(path.name for path in tmp_path.iterdir())
+    trainer = dc_trainer(tmp_path, **options)
+    transformers.utils.logging.enable_propagation()
+    output = trainer.train(resume_from_checkpoint=True)
+    transformers.utils.logging.disable_propagation()
+    assert output.global_step == trainer.state.global_step == first.state.global_step == 4
+    assert torch.equal(weights(trainer), weights(first))
+    assert trainer.dual.value == first.dual.value and trainer.discrepancy_tolerance == first.discrepancy_tolerance
+    assert trainer.lr_scheduler.state_dict() == first.lr_scheduler.state_dict()
+    mine, theirs = (list(t.optimizer.state_dict()["state"].values()) for t in (trainer, first))
+    assert len(mine) == len(theirs) > 0
+    for ours, before in zip(mine, theirs, strict=True):
+        assert all(torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(before[key])) for key in before)
+    # The log of the run, and that this one came to its end.
+    assert trainer.state.log_history[:-1] == first.state.log_history[:-1]
+    assert "train_runtime" in trainer.state.log_history[-1] and "reward" not in trainer.state.log_history[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files  # no further checkpoint, no log set aside
+    said = [record.message for record in caplog.records if "nothing is trained" in record.message]
+    assert len(said) == 1 and "checkpoint-4 is of step 4, and this run ends at step 4" in said[0]
+    assert "raise `max_steps`" in said[0]
+
+
+def test_a_finished_run_goes_on_where_it_may_take_more_steps(whole: Any, folder: Path) -> None:
+    shorter = dc_trainer(folder, **SAVING | {"max_steps": 3})
+    shorter.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert shorter.state.global_step == 4 and torch.equal(weights(shorter), weights(whole))
+    longer = dc_trainer(folder, **SAVING | {"max_steps": 5})
+    longer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert longer.state.global_step == 5 and not torch.equal(weights(longer), weights(whole))
+
+
 @pytest.mark.parametrize(
     ("said", "meant"), [("true", True), ("True", True), (True, True), ("false", None), (None, None), ("a/b", "a/b")]
 )

@@ -9,7 +9,7 @@ from runs import dc_trainer
 
 from dc_trl.training.scoring_device import check_scoring_device
 
-VERSION = "dc_trl.training.scoring_device.version"
+VERSION = "dc_trl.rollouts.versions.version"
 
 
 def install(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:

@@ -107,18 +107,6 @@ def test_a_multiplier_in_other_units_starts_anew(
     assert any("The tolerance in use is the 0.3 that was given" in message for message in said(caplog))
 
 
-@pytest.mark.parametrize("change", [{"constraint_scale": "relative"}, {"penalty_horizon": "to_go"}])
-def test_a_multiplier_of_another_cost_starts_anew_and_the_tolerance_stays(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, str]
-) -> None:
-    trainer = resumed(checkpoint, tmp_path, **change)
-    assert logged(trainer, "dc/multiplier")[2] == 0.1
-    assert len(set(logged(trainer, "dc/tolerance"))) == 1
-    (message,) = said(caplog)
-    (name,) = change
-    assert f"`{name}` is '{change[name]}'" in message and "multiplier starts" in message
-
-
 @pytest.mark.parametrize("before", ["none", "fixed", "threshold", "lagrangian"])
 @pytest.mark.parametrize("after", ["fixed", "threshold", "lagrangian"])
 def test_the_multiplier_moves_from_lagrangian_to_lagrangian_only(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_trl.commands.calibrate.arguments import OVERRIDES, CalibrateArguments
 from dc_trl.commands.calibrate.recipe import check_recipe, set_tolerance
+from dc_trl.commands.quiet import whole_lines
 from dc_trl.commands.train.arguments import (
     CommandLine,
     asks_for_all_help,
@@ -52,12 +53,14 @@ def calibrate_command(argv: Sequence[str]) -> int:
         return line.launch("calibrate")
     # Torch, TRL and the rest come only now: help and wrong arguments are answered without them.
     from dc_trl.commands.calibrate.checks import healthy
+    from dc_trl.commands.calibrate.ending import cleans_up_when_terminated
     from dc_trl.commands.calibrate.output import as_text, save
     from dc_trl.commands.calibrate.run import calibrate
 
     script, training, model = _parse(line)
     folder = Path(str(training.output_dir))
-    found = calibrate(script, training, model)
+    with cleans_up_when_terminated(), whole_lines():
+        found = calibrate(script, training, model)
     if training.process_index == 0:
         paths = save(found, folder)
         print(as_text(found))

@@ -8,17 +8,19 @@ weight sync, sampling, scoring. Dropout is off in them.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from dc_trl.commands.calibrate.grid import ON_GRID, Grid
 from dc_trl.commands.calibrate.nudge import Nudge, OffGrid, count_on_grid, fingerprint, moved, trained_finer
+from dc_trl.commands.calibrate.progress import SAMPLING, SCORING, PassClock, shown
 from dc_trl.commands.calibrate.scores import Scores, join, mean_discrepancy, merge
 from dc_trl.rollouts.precisions import INTEGER_BITS
 from dc_trl.rollouts.sync_rounding import forward_rounds_alike, rounding_in_force
@@ -44,13 +46,18 @@ class Recording:
         self._rollouts: list[dict[str, Any]] = []
         self._replayed: Iterator[dict[str, Any]] | None = None
         self._records: list[dict[str, Any]] = []
+        self.clock = PassClock()
         super().__init__(*args, **kwargs)
         self.step_observers.append(self._record)  # type: ignore[attr-defined]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._replayed is not None:
+            self.clock.start(SCORING)
             return dict(next(self._replayed))
+        self.clock.start(SAMPLING)
         batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        self.clock.end()
+        self.clock.start(SCORING)
         # Old log-probs are those of the weights and the temperature that sampled: they must not stand in for new ones.
         self._rollouts.append({key: value for key, value in batch.items() if key != "old_per_token_logps"})
         return batch
@@ -61,6 +68,7 @@ class Recording:
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
 
     def _record(self, inputs: dict[str, Any], step: Step) -> None:
+        self.clock.end()
         lengths = inputs["completion_mask"].sum(1)
         last = inputs["completion_ids"].gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         ends = torch.tensor(self.eos_token_ids, device=last.device)  # type: ignore[attr-defined]
@@ -168,8 +176,11 @@ def measure(trainer: Any, dataset: Any) -> Measurement:
     """
     measuring = _Measuring(trainer, dataset)
     trainer.add_callback(measuring)
+    if trainer.args.rollout_backend == "transformers":
+        trainer.vllm_generation.on_progress = trainer.clock.share
     try:
-        trainer.train()
+        with shown(trainer.clock) if trainer.accelerator.is_main_process else nullcontext():
+            trainer.train()
     except _Measured:
         pass
     finally:
@@ -178,12 +189,13 @@ def measure(trainer: Any, dataset: Any) -> Measurement:
 
 
 def _passes(trainer: Any, dataset: Any) -> Measurement:
-    _say(trainer, "pass 1: as loaded")
+    others = {f * trainer.temperature for f in TEMPERATURE_FACTORS} | {1.0}  # 1: raw log-probs
+    others -= {trainer.temperature}
+    _begin(trainer, dataset, "pass 1: as loaded", scorings=len(others))
     before = fingerprint(trainer.model)
     first = trainer.sample(dataset)
-    others = {f * trainer.temperature for f in TEMPERATURE_FACTORS} | {1.0}  # 1: raw log-probs
-    misfits = _misfits(trainer, dataset, first, sorted(others - {trainer.temperature}))
-    _say(trainer, "pass 2: the same weights, synced again")
+    misfits = _misfits(trainer, dataset, first, sorted(others))
+    _begin(trainer, dataset, "pass 2: the same weights, synced again")
     second = trainer.sample(dataset)
     change = max(gather_object([moved(before, fingerprint(trainer.model))]))
     result = Measurement(first, second, join(first, second), change, misfits)
@@ -213,17 +225,19 @@ def _other_temperature(trainer: Any, dataset: Any, result: Measurement) -> None:
     if "temperature" in (getattr(engine, "generation_kwargs", None) or {}):
         return  # it would override what is asked for here
     other = OTHER_TEMPERATURE * asked
-    _say(trainer, f"pass 4: temperature {other:g}")
+    scored_at = sorted({asked, 1.0} - {other})
+    _begin(trainer, dataset, f"pass 4: temperature {other:g}", scorings=len(scored_at))
     with temporary_attributes(engine, temperature=other), temporary_attributes(trainer, temperature=other):
         with scoring_temperature(trainer, other):
             own = trainer.sample(dataset, sync=False)
         result.other_temperature = other
-        result.other_misfits = _misfits(trainer, dataset, own, sorted({asked, 1.0} - {other}))
+        result.other_misfits = _misfits(trainer, dataset, own, scored_at)
 
 
 def _nudge(trainer: Any, dataset: Any, result: Measurement) -> None:
     floor = mean_discrepancy(result.floor, "logprob_diff", "token").value
     nudge = Nudge(trainer.model, trainer.args.seed)
+    trainer.clock.begin("looking for a nudge of the weights that is large enough", sampled=None)
     try:
         while True:
             nudge.grow()
@@ -232,7 +246,7 @@ def _nudge(trainer: Any, dataset: Any, result: Measurement) -> None:
             if nudge.is_enough(stale, floor):
                 break
         result.nudge_size = nudge.size
-        _say(trainer, f"pass 3: weights nudged by {nudge.size:.1%}")
+        _begin(trainer, dataset, f"pass 3: weights nudged by {nudge.size:.1%}", scorings=1)
         result.nudged = trainer.sample(dataset)
         nudge.undo()
         result.undone = trainer.rescore(dataset)
@@ -255,7 +269,7 @@ def _off_the_grid(trainer: Any, dataset: Any, result: Measurement) -> None:
     )
     if grid.share < ON_GRID or grid.rounding is None:
         return
-    _say(trainer, "pass 5: weights off the sampler's grid")
+    _begin(trainer, dataset, "pass 5: weights off the sampler's grid")
     weights = OffGrid(trainer.model, trainer.args.seed, dtype)
     try:
         weights.apply()
@@ -271,6 +285,10 @@ def _rounding(trainer: Any) -> str | None:
     return rounding_in_force(trainer.vllm_generation, trainer.args, trainer.accelerator)
 
 
-def _say(trainer: Any, message: str) -> None:
+def _begin(trainer: Any, dataset: Any, title: str, scorings: int = 0) -> None:
+    """A pass begins, which samples the problems once, and scores the samples so many times more."""
+    batches = len(trainer.get_eval_dataloader(dataset))
     if trainer.accelerator.is_main_process:
-        print(f"dc-trl calibrate: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"dc-trl calibrate: {title}", file=sys.stderr)
+        sys.stderr.flush()
+    trainer.clock.begin(title, batches, scorings * batches)

@@ -15,7 +15,7 @@ from dc_trl.commands.calibrate.arguments import CalibrateArguments
 from dc_trl.commands.calibrate.checks import Plan
 from dc_trl.commands.calibrate.measure import Recording, measure
 from dc_trl.commands.calibrate.output import Calibration, hardware, versions
-from dc_trl.commands.train.run import build_trainer, load_data
+from dc_trl.commands.train.run import build_trainer, has_plain_prompts, load_data
 from dc_trl.commands.usage import UsageError
 from dc_trl.records.run_log import RunLogCallback, shown_settings
 from dc_trl.rollouts.engines import engine_name
@@ -65,8 +65,9 @@ def calibrate(script: CalibrateArguments, training: Any, model: Any) -> Calibrat
     engine = engine_name(vars(training), shown_address(server))
     settings = shown_settings(training, SETTINGS)
     try:
+        plain = has_plain_prompts(script, training, model)
         with training.main_process_first(desc="loading the data"):
-            data, _ = load_data(script)
+            data, _ = load_data(script, plain)
         batch = training.generation_batch_size
         problems, training.per_device_eval_batch_size = plan_batches(
             script.problems, len(data), training.num_generations, batch, training.world_size
@@ -91,7 +92,7 @@ def calibrate(script: CalibrateArguments, training: Any, model: Any) -> Calibrat
     run = {
         "model": str(model.model_name_or_path),
         "engine": engine,
-        "settings": settings,
+        "settings": settings | {"prompt_format": "plain" if plain else "chat"},
         "hardware": hardware(training.world_size),
         "processes": training.world_size,
         "versions": versions(),

@@ -40,10 +40,10 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: its prompt as messages, and the gold answer."""
+    """One problem: its prompt as messages or as plain text, and the gold answer."""
 
     index: int
-    prompt: list[dict[str, str]]
+    prompt: list[dict[str, str]] | str
     gold: str
 
     @cached_property
@@ -170,8 +170,10 @@ def paper_figures(name: str) -> list[str]:
     return ["" if pair is None else f"{pair[0]:.1f} / {pair[1]:.1f}" for pair in pairs]
 
 
-def load_problems(benchmark: Benchmark, prompt_template: str, limit: int | None = None) -> list[Problem]:
-    """Loads a benchmark's problems, the first `limit` of them.
+def load_problems(
+    benchmark: Benchmark, prompt_template: str, limit: int | None = None, plain: bool = False
+) -> list[Problem]:
+    """Loads a benchmark's problems, the first `limit` of them, with prompts as messages, or as `plain` text.
 
     Raises:
         DatasetError: for a missing file, column or answer, or no network, with the way out.
@@ -185,6 +187,7 @@ def load_problems(benchmark: Benchmark, prompt_template: str, limit: int | None 
         problem_column=benchmark.problem_column,
         answer_column=benchmark.answer_column,
         prompt_template=prompt_template,
+        plain=plain,
     )
     rows = dataset.select(range(min(limit or len(dataset), len(dataset))))
     return [Problem(index, row["prompt"], row["solution"]) for index, row in enumerate(rows)]

@@ -47,6 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_tokens", type=_positive, default=32768, help="Of a completion; longer ones count as wrong.")
     add("--seed", type=int, default=0)
     add("--prompt_template", help="User message, with {problem} in it; default: asks for a boxed answer, as training.")
+    add(
+        "--prompt_format",
+        choices=("auto", "chat", "plain"),
+        default="auto",
+        help="By the model's chat template, or as text; default: chat where it has one. As it was trained.",
+    )
     add("--batch_size", type=_positive, help="Sequences at once: transformers 32, server 256; vLLM sees to it itself.")
     add("--output_dir", help="Default: MODEL/evaluation of a directory, else outputs/evaluation/MODEL.")
     add("--save_completions", action="store_true", help="Record the texts too.")

@@ -17,6 +17,7 @@ from dc_trl.commands.usage import UsageError
 from dc_trl.records.results import append_result, score
 from dc_trl.records.text import terminal
 from dc_trl.tasks.data import BOXED_TEMPLATE, DatasetError
+from dc_trl.tasks.prompts import PromptFormatError, prompt_ids, resolve_prompt_format
 
 # What a model directory's samples depend on, beside its weights.
 _MODEL_FILES = (
@@ -37,13 +38,15 @@ class Evaluation:
         judge: verdicts on texts against gold answers.
 
     Raises:
-        UsageError: the model's configuration or tokenizer cannot be loaded, or the engine cannot be had.
+        UsageError: the model's configuration or tokenizer cannot be loaded, it has no chat template where one is asked
+            for, or the engine cannot be had.
     """
 
     def __init__(self, args: Any, folder: Path, judge: Judge) -> None:
         self.args, self.folder, self.judge = args, folder, judge
         self.template = args.prompt_template or BOXED_TEMPLATE
         self.config, self.tokenizer = _load_config_and_tokenizer(args)
+        self.prompt_format = _prompt_format(args, self.tokenizer)
         self.engine = make_engine(args, self.config, self.tokenizer)
 
     def load(self, benchmarks: list[Benchmark]) -> list[tuple[Benchmark, list[Problem]]]:
@@ -53,7 +56,8 @@ class Evaluation:
             UsageError: a dataset cannot be loaded.
         """
         try:
-            return [(each, load_problems(each, self.template, self.args.limit)) for each in benchmarks]
+            plain = self.prompt_format == "plain"
+            return [(each, load_problems(each, self.template, self.args.limit, plain)) for each in benchmarks]
         except DatasetError as error:
             raise UsageError(str(error)) from error
 
@@ -89,10 +93,9 @@ class Evaluation:
         from jinja2 import TemplateError
 
         try:
-            text = self.tokenizer.apply_chat_template(problem.prompt, tokenize=False, add_generation_prompt=True)
+            return prompt_ids(self.tokenizer, problem.prompt)
         except TemplateError as error:
             raise UsageError(f"the model's chat template does not take problem {problem.index}: {error}.") from error
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _room(self, benchmark: Benchmark, longest: int) -> int:
         """The token limit of a completion: the one asked for, or what the model's context leaves of it."""
@@ -127,6 +130,8 @@ class Evaluation:
             "prompt_template": self.template,
             "dataset": _dataset_name(benchmark),
         }
+        if self.prompt_format == "plain":  # what was sampled before there was a choice keeps its name
+            settings |= {"prompt_format": "plain"}
         if self.engine.batch_size is not None:  # then the grouping into batches decides too
             settings |= {"samples": benchmark.samples, "limit": limit}
         return settings
@@ -150,6 +155,7 @@ class Evaluation:
             "precision": self.engine.precision,
             "options": self.engine.options,
             "prompt_template": self.template,
+            "prompt_format": self.prompt_format,
             "model": args.model_name_or_path,
             "model_revision": args.model_revision,
             "settings": short_hash([key, benchmark.samples, limit]),
@@ -238,10 +244,16 @@ def _load_config_and_tokenizer(args: Any) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=args.model_revision)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load configuration and tokenizer of {name}: {error}") from error
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            f"the tokenizer of {name} has no chat template, which makes the prompt of a problem. If the model was "
-            "trained on one, write it into chat_template.jinja in the model's directory; a model trained on bare text "
-            "cannot be scored by this protocol."
-        )
     return config, tokenizer
+
+
+def _prompt_format(args: Any, tokenizer: Any) -> str:
+    """The format of the prompts, chat or plain; says so where nobody asked for plain ones."""
+    try:
+        found = resolve_prompt_format(args.prompt_format, tokenizer, args.model_name_or_path)
+    except PromptFormatError as error:
+        raise UsageError(str(error)) from error
+    if found == "plain" and args.prompt_format == "auto":
+        name = terminal(args.model_name_or_path)
+        print(f"The tokenizer of {name} has no chat template, so prompts are plain text.", flush=True)
+    return found

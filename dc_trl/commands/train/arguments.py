@@ -22,10 +22,10 @@ _DRY_RUN = ("dry_run", "gpu_memory_gib")
 _LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 
 
-def _option(default: Any, help: str) -> Any:
+def _option(default: Any, help: str, **metadata: Any) -> Any:
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -44,6 +44,12 @@ class TrainArguments:
     answer_column: str | None = _option(None, "Column of the answer; default: reward_model, answer or solution.")
     prompt_template: str | None = _option(
         None, "User message around a problem given as text, with {problem} in it; default: asks for a boxed answer."
+    )
+    prompt_format: str = _option(
+        "auto",
+        "`chat`: messages, by the model's chat template; `plain`: the text alone, for a base model; `auto`: chat "
+        "where the tokenizer has a template, else plain.",
+        choices=["auto", "chat", "plain"],
     )
     reward_funcs: list[str] = _option(["accuracy"], "`accuracy` (math-verify), or dotted paths of your own functions.")
     reward_timeout: float = _option(5.0, "Seconds for math-verify to judge one completion; more is reward 0.")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from dc_trl.commands.quiet import whole_lines
 from dc_trl.commands.train.arguments import (
     CommandLine,
     TrainArguments,
@@ -49,13 +50,15 @@ def train_command(argv: Sequence[str]) -> int:
         if script.dry_run:
             _print_plan(script, training, model, line)
             return 0
+        plain = run.has_plain_prompts(script, training, model)
         rewards = load_rewards(script.reward_funcs, script.reward_timeout, script.reward_workers)
         with training.main_process_first(desc="loading the data"):
-            data, eval_data = run.load_data(script, training.eval_strategy != "no")
+            data, eval_data = run.load_data(script, plain, training.eval_strategy != "no")
     except (ValueError, ImportError, OSError) as error:  # wrong values, missing packages, files that do not load
         raise UsageError(str(error)) from error
     try:
-        run.train(training, model, rewards, data, eval_data)
+        with whole_lines():
+            run.train(training, model, rewards, data, eval_data)
     except (GoldAnswerError, CheckpointError) as error:
         raise UsageError(str(error)) from error
     return 0
@@ -64,7 +67,7 @@ def train_command(argv: Sequence[str]) -> int:
 def _print_plan(script: TrainArguments, training: Any, model: Any, line: CommandLine) -> None:
     from dc_trl.commands.train.dry_run import describe_run
     from dc_trl.commands.train.plan import BatchPlan, Launch, read_accelerate_config
-    from dc_trl.commands.train.run import load_data
+    from dc_trl.commands.train.run import has_plain_prompts, load_data
 
     if script.accelerate_config:
         asked = argparse.ArgumentParser()
@@ -75,6 +78,6 @@ def _print_plan(script: TrainArguments, training: Any, model: Any, line: Command
         launch = Launch.from_environment()
     if int(os.environ.get("RANK", "0")) == 0:
         plan = BatchPlan.from_args(training, launch.processes, line.options.generation_batch_size)
-        dataset, _ = load_data(script)
+        dataset, _ = load_data(script, has_plain_prompts(script, training, model))
         gpu_gib = 0.0 if line.options.use_cpu else script.gpu_memory_gib
         print(describe_run(training, model, dataset, plan, launch, gpu_gib))

@@ -20,6 +20,7 @@ from dc_trl.commands.train.plan import (
 from dc_trl.estimators.rejection import resolve_bounds
 from dc_trl.records.text import terminal
 from dc_trl.rollouts.engines import engine_name, engine_of
+from dc_trl.tasks.prompts import prompt_ids
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -63,8 +64,7 @@ def describe_run(args: Any, model_args: Any, dataset: Dataset, plan: BatchPlan, 
 
 def _prompt_lengths(tokenizer: Any, dataset: Dataset) -> list[int]:
     prompts = dataset[:_SAMPLED_PROMPTS]["prompt"]
-    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
 
 
 def _model(name: str, config: Any, size: ModelSize, tokenizer: Any) -> list[tuple[str, str]]:
@@ -79,6 +79,7 @@ def _data(dataset: Dataset, lengths: list[int]) -> list[tuple[str, str]]:
     mean = sum(lengths) / len(lengths)
     return [
         ("problems", f"{len(dataset):,}"),
+        ("prompts", "plain text" if isinstance(dataset[0]["prompt"], str) else "messages, by the chat template"),
         ("prompt tokens", f"mean {mean:.0f}, longest {max(lengths)}, of the first {len(lengths)}"),
         ("first answer", terminal(dataset[0]["solution"][:60])),
     ]

@@ -2,17 +2,47 @@
 """What a recipe stands for: its problems, its trainer, and the training."""
 
 import glob
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from dc_trl.commands.train.arguments import TrainArguments
 from dc_trl.commands.usage import UsageError
+from dc_trl.records.text import terminal
 from dc_trl.tasks.data import BOXED_TEMPLATE, load_math_dataset
+from dc_trl.tasks.prompts import resolve_prompt_format
 
 
-def load_data(script: TrainArguments, evaluation: bool = False) -> tuple[Any, Any]:
+def has_plain_prompts(script: TrainArguments, training: Any, model: Any) -> bool:
+    """Whether prompts are plain text, by the recipe and the model's tokenizer, which is all that loads for it.
+
+    Where nobody asked for it, the main process says so.
+
+    Raises:
+        PromptFormatError: the recipe asks for what the tokenizer cannot do.
+        OSError: there is no tokenizer of this name.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(model.model_name_or_path)
+    options = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    plain = resolve_prompt_format(script.prompt_format, tokenizer, name) == "plain"
+    if plain and script.prompt_format == "auto" and int(os.environ.get("RANK", "0")) == 0:
+        notice = f"the tokenizer of {name} has no chat template, so prompts are plain text (prompt_format: auto)."
+        print(f"dc-trl: {terminal(notice)}", file=sys.stderr, flush=True)
+    return plain
+
+
+def load_data(script: TrainArguments, plain: bool, evaluation: bool = False) -> tuple[Any, Any]:
     """The problems to train on, and those to evaluate on or None.
+
+    Args:
+        script: which.
+        plain: see `has_plain_prompts`.
+        evaluation: whether to load those to evaluate on.
 
     Raises:
         DatasetError: for data that cannot be loaded or used.
@@ -29,6 +59,7 @@ def load_data(script: TrainArguments, evaluation: bool = False) -> tuple[Any, An
             answer_column=script.answer_column,
             prompt_template=script.prompt_template or BOXED_TEMPLATE,
             deduplicate=script.dataset_deduplicate,
+            plain=plain,
         )
         for name, config, split in wanted
     ]

@@ -74,15 +74,11 @@ def emptied_notices(counts: Tensor, names: Sequence[str]) -> list[tuple[str, str
         f"{shares} of these tokens."
     )
     if (emptied | (judged == 0)).all():
-        return [
-            (
-                "rejected",
-                f"`rejection` rejected every token of a batch, which therefore trained on nothing. {ways_out}",
-            )
-        ]
+        what = "`rejection` rejected every token of a batch, which therefore trained on nothing."
+        return [("rejected", f"{what} {ways_out}")]
     ranks = ", ".join(map(str, emptied.nonzero().flatten().tolist()))
-    message = (
+    what = (
         f"`rejection` rejected every token of process {ranks} (of 0 to {len(counts) - 1}), which therefore trained on "
-        f"nothing, while the others did. {ways_out}"
+        "nothing, while the others did."
     )
-    return [("rejected on a rank", message)]
+    return [("rejected on a rank", f"{what} {ways_out}")]

@@ -64,8 +64,12 @@ MEASURED = (
 # What TRL's template says where the base model is not on the Hub, or nothing is pushed, and what is true then.
 _UNKNOWN = {
     "fine-tuned version of [None](https://huggingface.co/None)": "fine-tuned version of a model not on the Hub",
-    'model="None"': 'model="path/to/this/folder"',
+    'model="None"': 'model="."',
 }
+# The quick start of TRL's template, which sends a message, and what runs on a model without a chat template.
+_MESSAGES = '[{"role": "user", "content": question}]'
+_PLAIN = "question"
+_QUICK_START = "## Quick start\n"
 
 # How TRL's template writes a name that the header has under this key, and how it is written where it is no plain name.
 _NAMES = {
@@ -82,6 +86,7 @@ def complete(
     multiplier: float,
     rounding: str | None,
     log_history: Sequence[dict[str, Any]],
+    chats: bool = True,
 ) -> None:
     """Completes the card that TRL has just written to `folder`, and draws `curves.png` beside it.
 
@@ -95,6 +100,7 @@ def complete(
         multiplier: λ now.
         rounding: of the weight syncs, see `dc_trl.rollouts.sync_rounding.rounding_in_force`.
         log_history: the Trainer's.
+        chats: whether the model has a chat template, without which the quick start must send plain text.
     """
     # Loads matplotlib, which a trainer that never writes a card does not need.
     from dc_trl.records.card.curves import save_curves
@@ -105,7 +111,7 @@ def complete(
     if save_curves(log_history, tolerance, folder / CURVES):
         parts.append(f"![Curves]({CURVES})\n")
     parts += [_evaluation(log_history), _benchmarks(results)]
-    text = card.text
+    text = _quick_start(card.text, chats)
     for wrong, right in _UNKNOWN.items():
         text = text.replace(wrong, right)
     text = _names_as_text(text, card.data.to_dict())
@@ -114,6 +120,18 @@ def complete(
         card.data.eval_results = entries
         card.data.model_name = card.data.get("model_name") or visible(folder.resolve().name)
     card.save(folder / CARD)
+
+
+def _quick_start(text: str, chats: bool) -> str:
+    """TRL's card with a quick start that runs as it stands: on this model, and where the card says."""
+    head, found, rest = text.partition(_QUICK_START)
+    snippet, end, tail = rest.partition("\n## ")
+    if not found:
+        return text
+    if not chats:
+        snippet = snippet.replace(_MESSAGES, _PLAIN)
+    where = "\nIn this folder:\n" if 'model="None"' in snippet else ""
+    return f"{head}{found}{where}{snippet}{end}{tail}"
 
 
 def _names_as_text(text: str, header: dict[str, Any]) -> str:

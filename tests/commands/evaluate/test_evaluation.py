@@ -13,6 +13,7 @@ from known_engine import RIGHT, STDERR, SUMS, KnownEngine, evaluate, sample_file
 from places import ROOT
 from problems import write_rows
 from tiny import save_tiny_policy
+from transformers import AutoTokenizer
 
 from dc_trl.commands.cli import main
 from dc_trl.commands.evaluate.benchmarks import BENCHMARKS, Benchmark
@@ -89,6 +90,21 @@ def test_max_tokens_is_cut_to_the_context_and_said(
     assert "fills the context" in capsys.readouterr().err
 
 
+def test_a_base_model_is_scored_on_plain_prompts(
+    engine: KnownEngine, policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (policy / "chat_template.jinja").unlink()
+    engine.learn(Benchmark("sums", "sums", "sums.jsonl", 4, "train"), plain=True)
+    assert evaluate() == 0
+    assert "The tokenizer of policy has no chat template, so prompts are plain text." in capsys.readouterr().out
+    (result,) = read_results("policy")
+    assert (result["prompt_format"], result["mean"]) == ("plain", pytest.approx(0.5))
+    # The tokenizer adds what it adds to any text, as in training.
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    text = BOXED_TEMPLATE.replace("{problem}", SUMS[0]["problem"])
+    assert engine.prompts[0] == tokenizer(text)["input_ids"]
+
+
 def test_what_cannot_be_written_is_found_before_sampling(
     engine: KnownEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +139,7 @@ def test_no_score_for_a_table_of_nothing() -> None:
         (["--limit", "-1"], "-1 is not a positive whole number"),
         (["--max_tokens", "1e3"], "1e3 is not a positive whole number"),
         (["--model_name_or_path", "adapter"], "adapter holds a PEFT adapter, not a whole model: merge it"),
-        (["--model_name_or_path", "bare"], "write it into chat_template.jinja"),
+        (["--model_name_or_path", "bare", "--prompt_format", "chat"], "write it into chat_template.jinja"),
         (
             ["--engine", "transformers", "--model_name_or_path", "strict"],
             "chat template does not take problem 0: alternate!",
