@@ -36,7 +36,7 @@ class DCGRPOConfig(GRPOConfig):
     Three inherited defaults differ: `lr_scheduler_type="constant"` (both papers train at a constant rate, before
     length-decay), `vllm_importance_sampling_mode="token_truncate"` and `vllm_importance_sampling_clip_max=2.0` (the
     length-decay paper's C). TRL's `sequence_mask` zeroes the loss of the worst sequences, so that the penalty would
-    never reach the tokens that drive the multiplier up.
+    never reach the tokens that drive the multiplier up. docs/paper_index.md says where each default comes from.
 
     Raises:
         ValueError: for values or combinations that cannot work, naming field, value, reason and remedy.
