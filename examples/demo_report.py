@@ -23,8 +23,8 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Opens the bar."""
-        line = "DC-GRPO {n_fmt}/{total_fmt} |{bar:12}| {desc}"
-        self.bar = tqdm(total=state.max_steps, bar_format=line, mininterval=0.5)
+        line = "{n_fmt}/{total_fmt} |{bar:4}| {desc}"
+        self.bar = tqdm(total=state.max_steps, bar_format=line, mininterval=0.5, dynamic_ncols=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Moves the bar to the step that was just logged."""

@@ -237,7 +237,8 @@ def _other_temperature(trainer: Any, dataset: Any, result: Measurement) -> None:
 def _nudge(trainer: Any, dataset: Any, result: Measurement) -> None:
     floor = mean_discrepancy(result.floor, "logprob_diff", "token").value
     nudge = Nudge(trainer.model, trainer.args.seed)
-    trainer.clock.begin("looking for a nudge of the weights that is large enough", sampled=None)
+    _say(trainer, title := "looking for a nudge of the weights that a dead sync would show")
+    trainer.clock.begin(title, sampled=None)
     try:
         while True:
             nudge.grow()
@@ -288,7 +289,11 @@ def _rounding(trainer: Any) -> str | None:
 def _begin(trainer: Any, dataset: Any, title: str, scorings: int = 0) -> None:
     """A pass begins, which samples the problems once, and scores the samples so many times more."""
     batches = len(trainer.get_eval_dataloader(dataset))
-    if trainer.accelerator.is_main_process:
-        tqdm.write(f"dc-trl calibrate: {title}", file=sys.stderr)
-        sys.stderr.flush()
+    _say(trainer, title)
     trainer.clock.begin(title, batches, scorings * batches)
+
+
+def _say(trainer: Any, message: str) -> None:
+    if trainer.accelerator.is_main_process:
+        tqdm.write(f"dc-trl calibrate: {message}", file=sys.stderr)
+        sys.stderr.flush()

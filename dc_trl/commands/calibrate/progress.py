@@ -5,6 +5,7 @@ The work of a pass is batches to sample and batches to score. What one of each t
 first of all, from the engine, if it says how far it is.
 """
 
+import shutil
 import sys
 import threading
 import time
@@ -84,9 +85,14 @@ class PassClock:
             return whole - (0.0 if self._doing is None else min(running, each[self._doing]))
 
     def text(self) -> str:
-        """The pass, what it is at, how long it has taken, and about how long it still takes."""
+        """The pass, and how it stands."""
         with self._lock:
-            parts = [self._title]
+            return f"{self._title}; {self.standing()}"
+
+    def standing(self) -> str:
+        """What the pass is at, how long it has taken, and about how long it still takes."""
+        with self._lock:
+            parts = []
             if self._doing is not None:
                 share = f" {self._share:.0%}" if self._share else ""
                 count = "" if self._left is None else f", batches left: {self._left[self._doing]}"
@@ -94,7 +100,7 @@ class PassClock:
             parts.append(f"{_duration(self._now() - self._began)} so far")
             remaining = self.remaining()
         if remaining is not None:
-            parts.append(f"about {_duration(remaining)} left in this pass")
+            parts.append(f"about {_duration(remaining)} left")
         return "; ".join(parts)
 
 
@@ -109,15 +115,15 @@ def shown(clock: PassClock, every: float | None = None) -> Iterator[None]:
     terminal = sys.stderr.isatty()
     seconds = every or (TERMINAL_SECONDS if terminal else FILE_SECONDS)
     over = threading.Event()
-    line = tqdm(bar_format="{desc}", file=sys.stderr, leave=False, dynamic_ncols=True, disable=not terminal)
+    line = tqdm(bar_format="{desc}", file=sys.stderr, leave=False, disable=not terminal)
 
     def look() -> None:
         while not over.wait(seconds):
-            text = f"dc-trl calibrate: {clock.text()}"
-            if terminal:
-                line.set_description_str(text)
+            if terminal:  # where the title stands above, and a line that is too long could not be rewritten
+                line.set_description_str(f"  {clock.standing()}"[: shutil.get_terminal_size().columns - 1])
             else:
-                sys.stderr.write(f"{text}\n")  # in one piece, beside what the main thread writes
+                text = f"dc-trl calibrate: {clock.text()}\n"
+                sys.stderr.write(text)  # in one piece, beside what the main thread writes
                 sys.stderr.flush()
 
     watcher = threading.Thread(target=look, name="calibration clock", daemon=True)

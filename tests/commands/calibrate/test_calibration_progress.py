@@ -40,7 +40,11 @@ def test_what_a_pass_still_takes_by_hand() -> None:
     assert clock.remaining() is None  # an engine that does not say how far it is
     clock.share(0.25)
     assert clock.remaining() == 70.0  # 10 s were a quarter: two batches of 40 s less the 10 s
-    assert clock.text() == "pass 1; sampling 25%, batches left: 2; 10 s so far; about 1 min 10 s left in this pass"
+    assert (
+        clock.text()
+        == f"pass 1; {clock.standing()}"
+        == "pass 1; sampling 25%, batches left: 2; 10 s so far; about 1 min 10 s left"
+    )
     now.seconds = 40.0
     clock.end()
     clock.start(SCORING)
@@ -65,6 +69,21 @@ def test_a_file_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
         time.sleep(0.2)
     lines = capsys.readouterr().err.splitlines()
     assert lines and set(lines) == {"dc-trl calibrate: pass 1; 0 s so far"}
+
+
+def test_a_terminal_gets_one_line_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    clock = PassClock()
+    clock.begin("pass 1", sampled=1)
+    clock.start(SAMPLING)
+    with shown(clock, every=0.01):
+        time.sleep(0.2)
+    written = capsys.readouterr().err
+    assert "\n" not in written
+    assert "  sampling, batches left" in written and "so far" not in written  # cut at 29 columns
 
 
 @pytest.fixture
@@ -109,7 +128,7 @@ def test_every_pass_says_how_far_it_is(
     for title in ("pass 1: as loaded", "pass 2: ", "pass 3: ", "pass 4: "):
         told = [line for line in lines if title in line]
         assert "so far" not in told[0]  # the title alone
-        assert any("so far; about " in line and "left in this pass" in line for line in told[1:])
+        assert any("so far; about " in line and line.endswith(" left") for line in told[1:])
     assert any("sampling " in line and "%, batches left: " in line for line in lines)
 
 
