@@ -94,7 +94,7 @@ def test_the_graph_sees_imports_in_functions_and_in_strings() -> None:
     graph = arrows()
     assert "dc_trl.commands.train.command" in graph["dc_trl.commands.cli"]  # a string
     assert "dc_trl.commands.report.run" in graph["dc_trl.commands.report.command"]  # in a function
-    assert "dc_trl.commands.report.tokens" in graph["dc_trl.commands.report.page"]  # from package import module
+    assert "dc_trl.tasks.judge" in graph["dc_trl.tasks.rewards"]  # from package import module
     assert "dc_trl.trainer" in graph["dc_trl"]  # the table of exports
 
 

@@ -6,7 +6,7 @@ What is read is not trusted: whoever reads JSON that came from outside takes `pa
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,29 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def fast_parser() -> Callable[[bytes], Any]:
+    """A `parse_json` of one line that is several times as fast; it needs orjson.
+
+    What orjson does not take, such as NaN or a lone surrogate, `parse_json` reads or refuses.
+
+    Raises:
+        ImportError: orjson is not installed.
+    """
+    import orjson
+
+    def parse(line: bytes) -> Any:
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return parse_json(line)
+        nested = b"[" in line or line.rfind(b"{") > 0
+        if nested and line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+            raise ValueError(_too_deep())
+        return value
+
+    return parse
+
+
 def _too_deep() -> str:
     return f"nested deeper than {MAX_DEPTH} levels"
 
@@ -55,7 +78,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if not line.isspace():
                 yield number, line
 
 

@@ -12,7 +12,7 @@ from hostile import BAD_LINES
 from runs import PROMPTS, dc_trainer, trl_trainer
 from transformers import TrainerCallback
 
-from dc_trl.commands.report.tokens import token_logs
+from dc_trl.commands.report.tokens.choice import token_logs
 from dc_trl.records.run_log import RunLogCallback
 from dc_trl.records.run_reader import LOG_FILE, read_run
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from dc_trl.commands.report.panels import LIMIT, MAIN, POINTS, SECOND, Panel, Row, Series
 from dc_trl.commands.report.text import label
-from dc_trl.records.run_reader import LARGEST_DRAWN, Run, is_finite
+from dc_trl.records.run_columns import RunColumns
+from dc_trl.records.run_reader import is_finite
 
 COLORS = 8
 """Runs that get a colour of their own; the next ones repeat the colours with dashes."""
@@ -29,23 +30,11 @@ _WIDTHS = {MAIN: 2.0, SECOND: 1.5, LIMIT: 1.5}
 Points = tuple[list[int], list[float | None]]
 
 
-def points(run: Run, key: str) -> Points:
+def points(run: RunColumns, key: str) -> Points:
     """Steps and values of a key, thinned to `MAX_POINTS`; None where the logged value is no finite number."""
-    steps, values = _column(run, key)
+    steps, values = run.series(key)
     kept = _extremes(values)
-    return [steps[i] for i in kept], _rounded(values[kept])
-
-
-def _column(run: Run, key: str) -> tuple[list[int], np.ndarray]:
-    """Steps and values of a key, all of them; NaN where the logged value is no finite number."""
-    steps, logged = run.columns.get(key, ([], []))
-    values = np.array([value if type(value) is float else _drawable(value) for value in logged], dtype=float)
-    values[np.abs(values) > LARGEST_DRAWN] = np.nan
-    return steps, values
-
-
-def _drawable(value: Any) -> float:
-    return float(value) if is_finite(value) else np.nan
+    return steps[kept].tolist(), _rounded(values[kept])
 
 
 def _extremes(values: np.ndarray) -> np.ndarray:
@@ -65,33 +54,27 @@ def _rounded(values: np.ndarray) -> list[float | None]:
     return [float(f"{value:.{_DIGITS}g}") if value == value else None for value in values.tolist()]
 
 
-def last(run: Run, key: str) -> Any:
-    """The value logged last under a key, or None."""
-    _, values = run.columns.get(key, ([], []))
-    return next((value for value in reversed(values) if value is not None), None)
-
-
 def color(index: int) -> str:
     """The CSS variable of a run's colour."""
     return f"var(--run-{index % COLORS})"
 
 
-def never_logged(panel: Panel, runs: list[Run]) -> list[str]:
+def never_logged(panel: Panel, runs: list[RunColumns]) -> list[str]:
     """The panel's keys, evaluation's apart, that no run logged a finite value of."""
     keys = [series.key for row in panel.rows for series in row.series if series.kind != POINTS]
     return [key for key in keys if not _is_logged(key, runs)]
 
 
-def _is_logged(key: str, runs: list[Run]) -> bool:
+def _is_logged(key: str, runs: list[RunColumns]) -> bool:
     return any(key in run.drawable for run in runs)
 
 
-def _has_values(series: Series, runs: list[Run]) -> bool:
+def _has_values(series: Series, runs: list[RunColumns]) -> bool:
     """Whether a series is worth an axis: a limit alone is not."""
     return series.kind in (MAIN, POINTS) and _is_logged(series.key, runs)
 
 
-def figure(panel: Panel, runs: list[Run]) -> dict[str, Any] | None:
+def figure(panel: Panel, runs: list[RunColumns]) -> dict[str, Any] | None:
     """The panel as a plotly figure: a row for each quantity, all runs in it; None if none of its keys was logged."""
     rows = [row for row in panel.rows if any(_has_values(series, runs) for series in row.series)]
     if not rows:
@@ -134,7 +117,7 @@ def _range(data: list[dict[str, Any]], axis: str) -> dict[str, Any]:
     return {"range": sorted([0, 1.2 * value]) if value else [0, 1]}
 
 
-def _traces(series: Series, run: Run, index: int, count: int, axis: str) -> list[dict[str, Any]]:
+def _traces(series: Series, run: RunColumns, index: int, count: int, axis: str) -> list[dict[str, Any]]:
     steps, values = points(run, series.key)
     if not any(value is not None for value in values):
         return []
@@ -163,16 +146,17 @@ def _traces(series: Series, run: Run, index: int, count: int, axis: str) -> list
     return _band(series, run, index, axis, 0.16 / count) + [trace]
 
 
-def _band(series: Series, run: Run, index: int, axis: str, opacity: float) -> list[dict[str, Any]]:
+def _band(series: Series, run: RunColumns, index: int, axis: str, opacity: float) -> list[dict[str, Any]]:
     """The area within the band's value of the series, as one closed outline; nothing where there is no band."""
     if series.band is None:
         return []
-    steps, values = _column(run, series.key)
+    steps, values = run.series(series.key)
     drawn = _extremes(values)  # the places of the line, which are others than the extremes of the width
-    widths = dict(zip(*_column(run, series.band), strict=True))
+    band_steps, band = run.series(series.band)
+    widths = dict(zip(band_steps.tolist(), band.tolist(), strict=True))
     upper = []
     lower = []
-    for step, value in zip([steps[i] for i in drawn], values[drawn].tolist(), strict=True):
+    for step, value in zip(steps[drawn].tolist(), values[drawn].tolist(), strict=True):
         width = widths.get(step, np.nan)
         if np.isfinite(value + width):
             upper.append((step, value + width))
@@ -201,32 +185,30 @@ def _band(series: Series, run: Run, index: int, axis: str, opacity: float) -> li
 # Marks
 
 
-def calibrated_until(run: Run) -> int | None:
+def calibrated_until(run: RunColumns) -> int | None:
     """The last step without a tolerance, of a run that calibrated one; None if there was no such step."""
-    steps = []
-    for entry in run.entries:
-        if "dc/tolerance" in entry:
-            break
-        if "dc/discrepancy/mean" in entry:
-            steps.append(entry["step"])
-    return steps[-1] if steps else None
+    tolerance, mean = (run.columns.get(key) for key in ("dc/tolerance", "dc/discrepancy/mean"))
+    if mean is None:
+        return None
+    until = mean.rows if tolerance is None else mean.rows[mean.rows < tolerance.rows[0]]
+    return int(run.steps[until[-1]]) if len(until) else None
 
 
-def halvings(run: Run) -> list[int]:
+def halvings(run: RunColumns) -> list[int]:
     """The steps whose entries are the first with a lower `length_decay/lr_scale`; at most `MAX_HALVINGS`."""
-    steps, scales = _column(run, "length_decay/lr_scale")
+    steps, scales = run.series("length_decay/lr_scale")
     finite = np.flatnonzero(np.isfinite(scales))
     lower = finite[1:][np.diff(scales[finite]) < 0]
-    return [steps[i] for i in lower[:MAX_HALVINGS]]
+    return steps[lower[:MAX_HALVINGS]].tolist()
 
 
-def _mark(layout: dict[str, Any], marks: str, run: Run, run_color: str, count: int) -> None:
+def _mark(layout: dict[str, Any], marks: str, run: RunColumns, run_color: str, count: int) -> None:
     named = count == 1
     until = calibrated_until(run)
     if marks == "calibration" and until is not None:
         layout["shapes"].append(_stretch(until, run_color, 0.1 / count))
     if marks == "decay":
-        surge = last(run, "length_decay/surge_step")
+        surge = run.last("length_decay/surge_step")
         if is_finite(surge):
             layout["shapes"].append(_upright(surge, "var(--limit)" if named else run_color, "solid"))
         if is_finite(surge) and named:

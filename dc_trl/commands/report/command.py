@@ -16,7 +16,7 @@ def report_command(argv: Sequence[str]) -> int:
     """Entry point of `dc-trl report`: writes the page and says where it is. Returns 0.
 
     Raises:
-        UsageError: a directory holds no run, the page cannot be written, or plotly is not installed.
+        UsageError: a directory holds no run, the page cannot be written, or plotly or orjson is not installed.
     """
     parser = argparse.ArgumentParser(
         prog="dc-trl report",

@@ -11,14 +11,15 @@ from string import Template
 from typing import Any
 
 from dc_trl import __version__
-from dc_trl.commands.report.charts import COLORS, calibrated_until, figure, halvings, last, never_logged
+from dc_trl.commands.report.charts import COLORS, calibrated_until, figure, halvings, never_logged
 from dc_trl.commands.report.panels import MAIN_PANELS, STYLES, TAIL_PANELS, Panel, rejection_panel
 from dc_trl.commands.report.text import duration, embedded_json, number
 from dc_trl.commands.report.tokens.completions import COMPLETIONS
 from dc_trl.commands.report.tokens.figures import POINTS
 from dc_trl.commands.report.tokens.view import STEPS, TOKENS, TokenView
 from dc_trl.commands.report.verdict.strip import strip
-from dc_trl.records.run_reader import Run, is_finite
+from dc_trl.records.run_columns import RunColumns
+from dc_trl.records.run_reader import is_finite
 from dc_trl.records.text import escaped, visible
 from dc_trl.rollouts.engines import engine_name
 from dc_trl.rollouts.shown import shown
@@ -38,7 +39,7 @@ _ROWS = 3  # of a panel, which the usual height has room for
 _CLICKED = '<span class="hint">Click in a chart to see the tokens of the nearest step that has them.</span>'
 
 
-def render(runs: list[Run], ages: list[float], view: TokenView, plotly: str) -> str:
+def render(runs: list[RunColumns], ages: list[float], view: TokenView, plotly: str) -> str:
     """The whole page.
 
     Args:
@@ -100,7 +101,7 @@ def _policy(scripts: Iterable[str]) -> str:
 # The head of the page
 
 
-def _head(runs: list[Run]) -> str:
+def _head(runs: list[RunColumns]) -> str:
     """Title and the settings that matter most."""
     if len(runs) > 1:
         return f"<h1>{len(runs)} runs compared</h1>"
@@ -118,7 +119,7 @@ def _engine(settings: dict[str, Any]) -> str:
         return "not known"
 
 
-def _summary(runs: list[Run], ages: list[float]) -> str:
+def _summary(runs: list[RunColumns], ages: list[float]) -> str:
     """One row a run: where it stands, and its last values."""
     names = ["run", "step", *_SUMMARY, "last entry"]
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
@@ -126,10 +127,10 @@ def _summary(runs: list[Run], ages: list[float]) -> str:
     return f'<table class="summary"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
-def _summary_row(index: int, run: Run, age: float) -> str:
-    cells = {"step": _progress(run)} | {name: number(last(run, key)) for name, key in _SUMMARY.items()}
-    mean = last(run, "dc/discrepancy/mean")
-    tolerance = last(run, "dc/tolerance")
+def _summary_row(index: int, run: RunColumns, age: float) -> str:
+    cells = {"step": _progress(run)} | {name: number(run.last(key)) for name, key in _SUMMARY.items()}
+    mean = run.last("dc/discrepancy/mean")
+    tolerance = run.last("dc/tolerance")
     if is_finite(mean) and is_finite(tolerance) and tolerance > 0:
         side = "above" if mean > tolerance else "within"
         cells["discrepancy"] += f'<small class="{side}">{mean / tolerance:.0%} of tolerance</small>'
@@ -141,8 +142,8 @@ def _summary_row(index: int, run: Run, age: float) -> str:
     return f'<tr><th scope="row">{swatch}<span>{escaped(run.name)}</span></th>{columns}</tr>'
 
 
-def _progress(run: Run) -> str:
-    done = last(run, "step") or 0
+def _progress(run: RunColumns) -> str:
+    done = run.last("step") or 0
     total = run.start.get("max_steps") or 0
     if total <= 0:
         return number(done)
@@ -152,13 +153,13 @@ def _progress(run: Run) -> str:
 # Panels
 
 
-def _drawn(panels: Iterable[Panel], runs: list[Run]) -> list[tuple[Panel, dict[str, Any]]]:
+def _drawn(panels: Iterable[Panel], runs: list[RunColumns]) -> list[tuple[Panel, dict[str, Any]]]:
     """The panels that have data, with their figures."""
     figures = [(panel, figure(panel, runs)) for panel in panels]
     return [(panel, drawn) for panel, drawn in figures if drawn is not None]
 
 
-def _absent(panels: Iterable[Panel], drawn: list[tuple[Panel, dict[str, Any]]], runs: list[Run]) -> str:
+def _absent(panels: Iterable[Panel], drawn: list[tuple[Panel, dict[str, Any]]], runs: list[RunColumns]) -> str:
     """What was never logged and would have had a panel of its own, with what it needs."""
     shown = [panel for panel, _ in drawn]
     needs: dict[str, list[str]] = {}
@@ -174,11 +175,11 @@ def _never(keys: list[str]) -> str:
     return f"Never logged: {', '.join(f'<code>{escaped(key)}</code>' for key in keys)}."
 
 
-def _panel(panel: Panel, drawn: dict[str, Any], runs: list[Run]) -> str:
+def _panel(panel: Panel, drawn: dict[str, Any], runs: list[RunColumns]) -> str:
     """A chart with what healthy looks like, and under it what is marked and what is missing."""
     notes = [_drawn_as(panel, runs), *_marked(panel, runs), _missing(panel, runs)]
     below = "".join(f'<p class="note">{note}</p>' for note in notes if note)
-    values = [number(last(run, panel.rows[0].series[0].key)) for run in runs]
+    values = [number(run.last(panel.rows[0].series[0].key)) for run in runs]
     spoken = escaped(f"{panel.title}. Last: {', '.join(values)}.")
     name = panel.name
     rows = len([axis for axis in drawn["layout"] if axis.startswith("yaxis")])
@@ -190,7 +191,7 @@ def _panel(panel: Panel, drawn: dict[str, Any], runs: list[Run]) -> str:
     )
 
 
-def _drawn_as(panel: Panel, runs: list[Run]) -> str:
+def _drawn_as(panel: Panel, runs: list[RunColumns]) -> str:
     """Which line is what, where an axis has several."""
     logged = {key for run in runs for key in run.drawable}
     rows = [[series for series in row.series if series.key in logged] for row in panel.rows]
@@ -198,7 +199,7 @@ def _drawn_as(panel: Panel, runs: list[Run]) -> str:
     return "; ".join(dict.fromkeys(parts)).capitalize() + "." if parts else ""
 
 
-def _marked(panel: Panel, runs: list[Run]) -> list[str]:
+def _marked(panel: Panel, runs: list[RunColumns]) -> list[str]:
     """The marks of a panel in words."""
     notes = []
     calibrations = {run.name: calibrated_until(run) for run in runs}
@@ -211,15 +212,15 @@ def _marked(panel: Panel, runs: list[Run]) -> list[str]:
         notes.append(f"Shaded: the tolerance was not known yet, up to step {until}.")
     for run in runs:
         who = f"{escaped(run.name)}: " if len(runs) > 1 else ""
-        surge = last(run, "length_decay/surge_step")
-        if panel.marks == "decay" and last(run, "length_decay/lr_scale") is not None:
+        surge = run.last("length_decay/surge_step")
+        if panel.marks == "decay" and run.last("length_decay/lr_scale") is not None:
             found = f"surge at step {number(surge)}" if surge is not None else "no surge found"
             steps = ", ".join(map(number, halvings(run)))
             notes.append(f"{who}{found}; " + (f"rate lowered at step {steps}." if steps else "rate not lowered."))
     return [note[0].upper() + note[1:] if len(runs) == 1 else note for note in notes]
 
 
-def _missing(panel: Panel, runs: list[Run]) -> str:
+def _missing(panel: Panel, runs: list[RunColumns]) -> str:
     keys = never_logged(panel, runs)
     if not keys:
         return ""
@@ -254,7 +255,7 @@ def _tokens(view: TokenView) -> str:
     return notes + Template(_part("tokens/tokens.html")).substitute(limits=limits, points=f"{POINTS:,}")
 
 
-def _settings(runs: list[Run]) -> str:
+def _settings(runs: list[RunColumns]) -> str:
     """Settings that differ between the runs, then all of them."""
     tables = [{"model": run.start.get("model", "not logged")} | _shown(run.settings) for run in runs]
     names = list(dict.fromkeys(name for table in tables for name in table))
@@ -272,7 +273,7 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: shown(name, value) if isinstance(value, dict) else value for name, value in settings.items()}
 
 
-def _settings_table(rows: dict[str, list[str]], runs: list[Run]) -> str:
+def _settings_table(rows: dict[str, list[str]], runs: list[RunColumns]) -> str:
     head = "".join(f'<th scope="col">{escaped(run.name)}</th>' for run in runs)
     body = "".join(
         f'<tr><th scope="row"><code>{escaped(name)}</code></th>'

@@ -21,6 +21,7 @@ from dc_trl.commands.report.command import report_command
 from dc_trl.commands.report.panels import MAIN_PANELS, TAIL_PANELS
 from dc_trl.commands.report.run import build_report
 from dc_trl.commands.usage import UsageError
+from dc_trl.records.run_columns import columns_of
 from dc_trl.records.run_reader import LARGEST_DRAWN, Run
 
 # Charts
@@ -58,7 +59,7 @@ def test_long_series_keep_their_spikes_and_both_ends(tmp_path: Path, count: int)
     entries = [{"step": step, "k": float(step % 7)} for step in range(count)]
     entries[1_234]["k"], entries[count - 900]["k"], entries[7]["k"] = 9.0, -9.0, math.nan
     entries[0]["k"], entries[-1]["k"] = 3.5, 2.5  # neither is the smallest or the largest of anything
-    steps, values = points(Run("r", tmp_path, entries=entries), "k")
+    steps, values = points(columns_of(Run("r", tmp_path, entries=entries)), "k")
     assert len(steps) <= MAX_POINTS
     assert steps == sorted(set(steps))
     assert {(0, 3.5), (1_234, 9.0), (count - 900, -9.0), (count - 1, 2.5)} <= set(zip(steps, values, strict=True))
@@ -66,7 +67,7 @@ def test_long_series_keep_their_spikes_and_both_ends(tmp_path: Path, count: int)
 
 def test_a_stretch_without_numbers_is_a_gap_in_a_long_series(tmp_path: Path) -> None:
     entries = [{"step": step, "k": 1.0 if step < 20_000 else None} for step in range(50_000)]
-    steps, values = points(Run("r", tmp_path, entries=entries), "k")
+    steps, values = points(columns_of(Run("r", tmp_path, entries=entries)), "k")
     assert {value for step, value in zip(steps, values, strict=True) if step > 20_100} == {None}
 
 

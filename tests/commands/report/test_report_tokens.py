@@ -27,7 +27,7 @@ from dc_trl.commands.report.tokens.view import TOKENS, token_view
 from dc_trl.commands.report.verdict.bounds import CHECKS
 from dc_trl.commands.report.verdict.links import section_link
 from dc_trl.commands.usage import UsageError
-from dc_trl.records.run_reader import read_run
+from dc_trl.records.run_columns import read_columns
 from dc_trl.records.text import visible
 from dc_trl.records.token_log import SCHEMA
 
@@ -153,14 +153,14 @@ def test_a_page_holds_a_bounded_number_of_completions_and_tokens(tmp_path: Path)
         for completion in range(40):
             rows += sentence(completion, ["x"] * 1500, discrepancy=completion / 1000, token_id=completion)
         write_tokens(folder, step, rows)
-    steps = token_view([folder], [read_run(folder)]).steps
+    steps = token_view([folder], [read_columns(folder)]).steps
     assert [step["step"] for step in steps] == [7, 5, 3, 1]
     shown = [completion["completion"] for completion in steps[0]["completions"]]
     assert shown[: COMPLETIONS // 2] == list(range(39, 31, -1))  # the highest means
     assert len(shown) == COMPLETIONS and shown[-1] == 0
     assert sum(len(c["text"]) for step in steps for c in step["completions"]) <= TOKENS
     assert steps[0]["completions"][0]["tokens"] == 1500
-    (one,) = token_view([folder], [read_run(folder)], wanted=2).steps
+    (one,) = token_view([folder], [read_columns(folder)], wanted=2).steps
     assert one["step"] == 2 and len(one["completions"][0]["text"]) == 1500
 
 

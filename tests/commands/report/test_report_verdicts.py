@@ -14,6 +14,7 @@ from dc_trl.commands.report.verdict.bounds import AMBER, ANCHOR, CHECKS, FIRST, 
 from dc_trl.commands.report.verdict.judge import judge
 from dc_trl.commands.report.verdict.links import repository_link, section_link
 from dc_trl.constraint import NOTABLE_PENALTY_SHARE
+from dc_trl.records.run_columns import RunColumns, columns_of
 from dc_trl.records.run_reader import Run
 
 BY_KEY = {check.key: check for check in CHECKS}
@@ -37,12 +38,12 @@ HEALTHY = {
 }
 
 
-def run_of(*entries: dict[str, Any], **settings: Any) -> Run:
+def run_of(*entries: dict[str, Any], **settings: Any) -> RunColumns:
     steps = [{"step": step} | entry for step, entry in enumerate(entries, start=1)]
-    return Run("r", Path("log.jsonl"), settings={"multiplier_max": 1.0} | settings, entries=steps)
+    return columns_of(Run("r", Path("log.jsonl"), settings={"multiplier_max": 1.0} | settings, entries=steps))
 
 
-def colours(run: Run) -> dict[str, str]:
+def colours(run: RunColumns) -> dict[str, str]:
     judgement = judge(run)
     assert judgement is not None
     return {verdict.check.key: verdict.colour for verdict in judgement.verdicts}

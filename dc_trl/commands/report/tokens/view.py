@@ -14,7 +14,7 @@ from dc_trl.commands.report.tokens.completions import completions, different, me
 from dc_trl.commands.report.tokens.figures import figures
 from dc_trl.commands.report.tokens.log import TokenLogFile, rounded
 from dc_trl.commands.report.tokens.top import TOP, top
-from dc_trl.records.run_reader import Run
+from dc_trl.records.run_columns import RunColumns
 from dc_trl.records.text import visible
 
 STEPS = 4
@@ -35,7 +35,7 @@ class TokenView:
     notes: list[str] = field(default_factory=list)
 
 
-def token_view(folders: list[Path], runs: list[Run], wanted: int | None = None) -> TokenView:
+def token_view(folders: list[Path], runs: list[RunColumns], wanted: int | None = None) -> TokenView:
     """Reads the token logs of all runs: of each the `wanted` step, or `STEPS` steps, see `kept_steps`.
 
     Args:

@@ -4,8 +4,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dc_trl.commands.report.verdict.bounds import ANCHOR, CHECKS, FIRST, GREEN, Bound, Check
-from dc_trl.records.run_reader import Run, is_finite
+from dc_trl.records.run_columns import RunColumns
+from dc_trl.records.run_reader import is_finite
 
 
 @dataclass(frozen=True)
@@ -39,34 +42,36 @@ class Judgement:
     open: list[Check]
 
 
-def judge(run: Run) -> Judgement | None:
+def judge(run: RunColumns) -> Judgement | None:
     """Judges the newest step at which the discrepancy has a number; None where there is no such step."""
-    entry = next((entry for entry in reversed(run.entries) if is_finite(entry.get(ANCHOR))), None)
-    if entry is None:
+    column = run.columns.get(ANCHOR)
+    rows = [] if column is None else column.rows[np.isfinite(column.values)]
+    if not len(rows):
         return None
+    row = int(rows[-1])
     verdicts = []
     without = []
     for check in CHECKS:
-        value = _value(check, entry, run)
+        value = _value(check, row, run)
         if value is not None:
             verdicts.append(Verdict(check, value, check.judge(value)))
         elif check.key in run.drawable:
             without.append(check)
-    return Judgement(entry["step"], run.entries[-1]["step"], verdicts, without)
+    return Judgement(int(run.steps[row]), int(run.steps[-1]), verdicts, without)
 
 
-def _value(check: Check, entry: dict[str, Any], run: Run) -> float | None:
-    value = entry.get(check.key)
-    if value is None or not is_finite(value):
-        return None
-    if not check.over:
-        return float(value)
-    base = _base(check, entry, run)
+def _value(check: Check, row: int, run: RunColumns) -> float | None:
+    value = run.at(check.key, row)
+    if value is None or not check.over:
+        return value
+    base = _base(check, row, run)
     return value / base if is_finite(base) and base > 0 else None
 
 
-def _base(check: Check, entry: dict[str, Any], run: Run) -> Any:
+def _base(check: Check, row: int, run: RunColumns) -> Any:
     """What a value is divided by."""
     if check.over == FIRST:
-        return next(value for value in run.columns[check.key][1] if is_finite(value))
-    return entry.get(check.over, run.settings.get(check.over))
+        values = run.columns[check.key].values
+        return float(values[np.isfinite(values)][0])
+    base = run.at(check.over, row)
+    return run.settings.get(check.over) if base is None else base

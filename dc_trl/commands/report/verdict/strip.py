@@ -7,19 +7,19 @@ from dc_trl.commands.report.text import number
 from dc_trl.commands.report.verdict.bounds import AMBER, GREEN, RED, Check, Section
 from dc_trl.commands.report.verdict.judge import Judgement, Verdict, judge
 from dc_trl.commands.report.verdict.links import section_link
-from dc_trl.records.run_reader import Run
+from dc_trl.records.run_columns import RunColumns
 from dc_trl.records.text import escaped
 
 SIGNS = {RED: "✕", AMBER: "!", GREEN: "✓"}
 WORDS = {RED: "out of range", AMBER: "to look into", GREEN: "in range"}
 
 
-def strip(runs: list[Run]) -> str:
+def strip(runs: list[RunColumns]) -> str:
     """The verdicts on each run."""
     return "".join(_strip(run, judge(run), len(runs) > 1) for run in runs)
 
 
-def _strip(run: Run, judgement: Judgement | None, named: bool) -> str:
+def _strip(run: RunColumns, judgement: Judgement | None, named: bool) -> str:
     name = f"{escaped(run.name)}: " if named else ""
     if judgement is None:
         return (
