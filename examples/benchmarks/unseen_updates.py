@@ -128,7 +128,8 @@ def run(name: str, arm: str, seed: int, args: argparse.Namespace, folder: str) -
     )
     data = Dataset.from_list(training)
     trainer = DCGRPOTrainer(plain(model), right, config, train_dataset=data, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
+    if args.keep is None:
+        trainer.remove_callback(PrinterCallback)
     accuracy = DeployedAccuracy(trainer, args.every, {"trained_on": training, "held_out": held_out})
     trainer.add_callback(accuracy)
     trainer.train()
