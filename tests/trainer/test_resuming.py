@@ -218,6 +218,7 @@ def test_the_command_says_in_a_sentence_that_there_is_none(
     def none(*args: Any) -> None:
         newest(tmp_path, LAST)
 
+    monkeypatch.setattr("dc_trl.commands.train.run.has_plain_prompts", lambda *args: False)
     monkeypatch.setattr("dc_trl.commands.train.run.load_data", lambda *args: (None, None))
     monkeypatch.setattr("dc_trl.commands.train.run.train", none)
     model = ["--model_name_or_path", "m", "--dataset_name", "d", "--rollout_backend", "transformers"]

@@ -17,6 +17,7 @@ ACT_BY_THEMSELVES = {
     "constraint",
     "rejection",
     "length_decay",
+    "log_format",
     "gradient_guard",
     "advantage_estimator",
     "zero_variance_groups",
