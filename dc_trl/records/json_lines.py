@@ -43,6 +43,7 @@ def fast_parser() -> Callable[[bytes], Any]:
     import orjson
 
     def parse(line: bytes) -> Any:
+        """The value of a line; raises as `parse_json` does."""
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:

@@ -192,6 +192,7 @@ class _Waiting:
         self._odd: dict[int, tuple[Any, ...]] = {}  # entries with something that is no number, as logged
 
     def add(self, row: int, values: tuple[Any, ...]) -> None:
+        """Takes the values, (k,) in the order of the keys, of the entry of this row."""
         try:
             numbers = array("d", values)
         except (TypeError, OverflowError):  # something that is no number, or beyond what a float holds

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from example_scripts import load_example
+from example_scripts import TINY, enter_tiny_recipe
 from places import ROOT
 from processes import run_python
 from safetensors.torch import load_file
@@ -22,16 +22,11 @@ import dc_trl.commands.train.run
 from dc_trl.commands.cli import COMMANDS, main
 from dc_trl.commands.train.arguments import find_accelerate_config
 
-TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
-
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory in which configs/tiny_cpu.yaml runs as it is."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    load_example("make_tiny_policy").main(Path("outputs/tiny"))
+    enter_tiny_recipe(tmp_path, monkeypatch)
     return tmp_path
 
 

@@ -118,6 +118,7 @@ def shown(clock: PassClock, every: float | None = None) -> Iterator[None]:
     line = tqdm(bar_format="{desc}", file=sys.stderr, leave=False, disable=not terminal)
 
     def look() -> None:
+        """Writes how it stands, again and again, until the pass is over."""
         while not over.wait(seconds):
             if terminal:  # where the title stands above, and a line that is too long could not be rewritten
                 line.set_description_str(f"  {clock.standing()}"[: shutil.get_terminal_size().columns - 1])

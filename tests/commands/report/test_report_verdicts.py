@@ -10,7 +10,8 @@ import pytest
 from pages import DOCS, rows
 from report_pages import Page, report, write_log
 
-from dc_trl.commands.report.verdict.bounds import AMBER, ANCHOR, CHECKS, FIRST, GREEN, RED, Check
+from dc_trl.commands.report.verdict.bounds import ANCHOR, CHECKS
+from dc_trl.commands.report.verdict.checks import AMBER, FIRST, GREEN, RED, Check
 from dc_trl.commands.report.verdict.judge import judge
 from dc_trl.commands.report.verdict.links import repository_link, section_link
 from dc_trl.constraint import NOTABLE_PENALTY_SHARE

@@ -6,23 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_scripts import load_example
-from places import ROOT
+from example_scripts import TINY, enter_tiny_recipe
 
 import dc_trl.commands.train.run
 from dc_trl.commands.cli import main
 from dc_trl.trainer import DCGRPOTrainer
 
-TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
-
 
 @pytest.fixture
 def base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory in which the tiny recipe names a model without a chat template; the model's directory."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    load_example("make_tiny_policy").main(Path("outputs/tiny"))
+    enter_tiny_recipe(tmp_path, monkeypatch)
     (tmp_path / "outputs/tiny/policy/chat_template.jinja").unlink()
     return tmp_path / "outputs/tiny/policy"
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dc_trl.commands.report.verdict.bounds import ANCHOR, CHECKS, FIRST, GREEN, Bound, Check
+from dc_trl.commands.report.verdict.bounds import ANCHOR, CHECKS
+from dc_trl.commands.report.verdict.checks import FIRST, GREEN, Bound, Check
 from dc_trl.records.run_columns import RunColumns
 from dc_trl.records.run_reader import is_finite
 

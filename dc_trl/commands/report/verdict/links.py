@@ -4,7 +4,7 @@
 from importlib.metadata import PackageNotFoundError, metadata
 from urllib.parse import urlsplit
 
-from dc_trl.commands.report.verdict.bounds import Section
+from dc_trl.commands.report.verdict.checks import Section
 
 # Labels of a project's address under which the repository is, the surest first, as packages write them.
 _LABELS = ("repository", "source", "homepage")

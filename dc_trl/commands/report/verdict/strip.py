@@ -4,7 +4,7 @@
 from collections import Counter
 
 from dc_trl.commands.report.text import number
-from dc_trl.commands.report.verdict.bounds import AMBER, GREEN, RED, Check, Section
+from dc_trl.commands.report.verdict.checks import AMBER, GREEN, RED, Check, Section
 from dc_trl.commands.report.verdict.judge import Judgement, Verdict, judge
 from dc_trl.commands.report.verdict.links import section_link
 from dc_trl.records.run_columns import RunColumns
