@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from calibrations import statuses
+from calibrations import statuses, write_recipe
 from faults import (
     engine_temperature,
     merge_in_place,
@@ -21,7 +21,6 @@ from faults import (
     stale_tensors,
 )
 from places import ROOT
-from problems import write_sums
 from tiny import published_model, save_tiny_policy
 
 from dc_trl import DCGRPOTrainer
@@ -35,23 +34,7 @@ PAGE = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe for the tiny policy with in-process rollouts as trained, in a folder with what it names."""
-    folder = tmp_path_factory.mktemp("recipe")
-    values = {
-        "model_name_or_path": str(save_tiny_policy(folder / "policy")),
-        "dataset_name": str(write_sums(folder / "sums.jsonl")),
-        "prompt_template": "{problem}",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "num_generations": 8,
-        "per_device_train_batch_size": 32,
-        "gradient_accumulation_steps": 4,
-        "max_completion_length": 16,
-        "rollout_backend": "transformers",
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    return write_recipe(tmp_path_factory.mktemp("recipe"), gradient_accumulation_steps=4)
 
 
 class Calibrated:

@@ -8,12 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from problems import write_sums
-from tiny import save_tiny_policy
+from calibrations import write_recipe
 
 from dc_trl.commands.calibrate import progress
 from dc_trl.commands.calibrate.progress import SAMPLING, SCORING, PassClock, shown
@@ -90,27 +87,8 @@ def test_a_terminal_gets_one_line_that_fits(
 def recipe(tmp_path: Path) -> Callable[..., Path]:
     """Writes a recipe of the tiny policy with in-process rollouts, further options given."""
 
-    def write(**options: Any) -> Path:
-        values = {
-            "model_name_or_path": str(save_tiny_policy(tmp_path / "policy")),
-            "dataset_name": str(write_sums(tmp_path / "sums.jsonl")),
-            "prompt_template": "{problem}",
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "num_generations": 8,
-            "per_device_train_batch_size": 32,
-            "gradient_accumulation_steps": 1,
-            "max_completion_length": 16,
-            "rollout_backend": "transformers",
-            "rollout_precision": "int4",
-            "output_dir": str(tmp_path / "out"),
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values | options), encoding="utf-8")
-        return path
-
-    return write
+    own = {"gradient_accumulation_steps": 1, "rollout_precision": "int4", "output_dir": str(tmp_path / "out")}
+    return lambda **options: write_recipe(tmp_path, **own | options)
 
 
 def test_every_pass_says_how_far_it_is(
