@@ -82,7 +82,11 @@ STABILITY_ARMS = (
     Arm("exact-rate-fifth", {**PLAIN, "rollout_precision": None}, rate=0.2),
 )
 
-MILD_ARMS = (*CAUSE_ARMS, *_named(STABILITY_ARMS, "tis", "dc"))
+MILD_ARMS = (
+    *CAUSE_ARMS,
+    *_named(STABILITY_ARMS, "tis", "dc", "dc-alone", "dc-strong"),
+    Arm("decay", PLAIN | decay(50)),
+)
 
 # The penalty's other forms, with TIS
 

@@ -157,6 +157,21 @@ CAUSE = (
         _accuracy(MILD, "dc", "tis"),
         first=True,
     ),
+    Claim(
+        "mild",
+        "mild: DC-GRPO ends higher than plain GRPO",
+        f"{DC}, table 1",
+        _accuracy(MILD, "dc-alone", "plain"),
+        first=True,
+    ),
+    Claim("mild", "mild: a penalty that bites adds to TIS", "", _accuracy(MILD, "dc-strong", "tis")),
+    Claim(
+        "mild",
+        "mild: length-decay ends higher than a constant rate",
+        f"{DECAY}, figures 7 and 8",
+        _accuracy(MILD, "decay", "plain"),
+        first=True,
+    ),
 )
 
 STABILITY = (
