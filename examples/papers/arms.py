@@ -17,6 +17,16 @@ UNSEEN_FP8 = Regime("unseen-fp8", precision="fp8", learning_rate=1e-4, rollouts=
 UNSEEN_BF16 = Regime("unseen-bf16", precision="bf16", learning_rate=1e-5, rollouts=60, grid="bf16")
 OFF_GRID_FP8 = Regime("off-grid-fp8", precision="fp8", learning_rate=1e-4, rollouts=60)
 
+PUBLISHED_BF16 = Regime(
+    "published-bf16",
+    precision="bf16",
+    learning_rate=1e-6,
+    rollouts=10,
+    batch=32,
+    published=True,
+    extra={"max_completion_length": 1},
+)
+
 # What arms are made of
 
 Options = dict[str, Any]
@@ -60,6 +70,14 @@ def _named(arms: tuple[Arm, ...], *names: str) -> tuple[Arm, ...]:
 BOTH_PLAIN = _named(SYNC_ARMS, "nearest", "dither")
 NEAREST_REMEDIES = tuple(arm for arm in SYNC_ARMS if arm.name.startswith("nearest-"))
 DITHER_REMEDIES = tuple(arm for arm in SYNC_ARMS if arm.name.startswith("dither-"))
+
+# The same on a published model: 10 updates
+
+PUBLISHED_ARMS = (
+    *BOTH_PLAIN,
+    *_named(NEAREST_REMEDIES, "nearest-tis", "nearest-dc", "nearest-dc-strong"),
+    Arm("nearest-decay", {**NEAREST, **PLAIN, **decay(3)}),
+)
 
 # What the penalty does, and what else there is, in the stressed regime
 

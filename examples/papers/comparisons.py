@@ -43,8 +43,12 @@ def _speed(regime: str, left: str, right: str) -> Comparison:
     return _accuracy(regime, left, right, "accuracy_all")
 
 
+def _held_out(left: str, right: str) -> Comparison:
+    return _accuracy(PUBLISHED, left, right, "held_out_accuracy")
+
+
 FP8, BF16, OFF, CALM = "unseen-fp8", "unseen-bf16", "off-grid-fp8", "calm"
-STRESSED, MILD = "stressed", "mild"
+STRESSED, MILD, PUBLISHED = "stressed", "mild", "published-bf16"
 
 ROUNDING = (
     Claim(
@@ -127,6 +131,42 @@ REMEDIES = tuple(
             _speed(FP8, "dither", f"nearest-{arm}"),
         ),
     )
+)
+
+PUBLISHED_MODEL = (
+    Claim(
+        "published",
+        "bf16, to nearest: the deployed model learns less than with the dithered sync",
+        H5,
+        _held_out("dither", "nearest"),
+        first=True,
+    ),
+    Claim(
+        "published",
+        "bf16, to nearest: the discrepancy is larger",
+        H5,
+        _discrepancy(PUBLISHED, "nearest", "dither"),
+        first=True,
+    ),
+    *(
+        claim
+        for arm, name in _NAMED.items()
+        for claim in (
+            Claim(
+                "published",
+                f"bf16, to nearest: {name} leaves the deployed model behind that of the dithered sync",
+                H5,
+                _held_out("dither", f"nearest-{arm}"),
+                first=arm in ("tis", "dc-strong"),
+            ),
+            Claim(
+                "published",
+                f"bf16, to nearest: {name} leaves a discrepancy above that of the dithered sync",
+                H5,
+                _discrepancy(PUBLISHED, f"nearest-{arm}", "dither"),
+            ),
+        )
+    ),
 )
 
 CAUSE = (
@@ -322,6 +362,7 @@ CLAIMS = (
 SECTIONS = {
     "Rounding at the weight sync": ROUNDING,
     "Do remedies make up for it?": REMEDIES,
+    "On a published model of 135 million parameters": PUBLISHED_MODEL,
     "Is the discrepancy the cause?": CAUSE,
     "What is added to importance sampling": STABILITY,
     "Other forms of the penalty": FORMS,

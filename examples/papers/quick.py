@@ -10,13 +10,15 @@ from papers.blocks import BLOCKS, Block
 from papers.stack import Stack
 
 WARMUP_STEPS = 20
-ROLLOUTS = 3
+ROLLOUTS = 2
 BATCH = 16
+HELD_OUT = 16
 
 
 def shortened(block: Block) -> Block:
     """A block whose runs are as short as they can be."""
-    runs = ((replace(regime, rollouts=ROLLOUTS, batch=_batch(regime.updates)), arm) for regime, arm in block.runs)
+    short = {"rollouts": ROLLOUTS, "held_out": HELD_OUT}
+    runs = ((replace(regime, batch=_batch(regime.updates), **short), arm) for regime, arm in block.runs)
     return Block(block.name, tuple(runs))
 
 

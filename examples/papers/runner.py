@@ -77,6 +77,7 @@ def do(
     Raises:
         RuntimeError: if several runs failed, or one that was the last.
     """
+    todo = [run for run in todo if not _lacks_model(run, stack)]
     print(f"{len(todo)} runs to do, {jobs} at a time", flush=True)
     waiting, going, failures, commit = list(todo), [], 0, _commit()
     context = multiprocessing.get_context("fork")
@@ -96,6 +97,16 @@ def do(
         time.sleep(0.1)
     if failures:
         raise RuntimeError(f"{failures} runs failed; their errors are above. Repair the cause and start again.")
+
+
+def _lacks_model(run: Todo, stack: Stack | None) -> bool:
+    """Whether a run needs a published model that is not installed; says so."""
+    from papers import published
+
+    lacks = run.regime.published and (stack is None or stack.model is None) and not published.is_there()
+    if lacks:
+        print(f"{run.run}: left out, it needs a published model: {published.INSTALL}", flush=True)
+    return lacks
 
 
 def _report(process: BaseProcess, run: Todo, began: float) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GROUP = 8  # completions per problem
+HELD_OUT = 256
 
 COMMON: dict[str, Any] = {
     "num_generations": GROUP,
@@ -34,6 +35,8 @@ class Regime:
         updates: optimizer steps on each, over disjoint mini-batches.
         batch: completions of a rollout.
         grid: what the start is rounded to, None for float32.
+        held_out: problems on which the policy is evaluated before and after.
+        published: whether the policy is a published model, of `published.py`, and not the demo's.
         extra: other options.
     """
 
@@ -44,6 +47,8 @@ class Regime:
     updates: int = 1
     batch: int = 64
     grid: str | None = None
+    held_out: int = HELD_OUT
+    published: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

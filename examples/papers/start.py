@@ -9,7 +9,8 @@ import torch
 from demo_task import build_policy, build_tokenizer, make_problems, round_to_grid, warm_up
 from transformers import AutoModelForCausalLM, set_seed
 
-HELD_OUT = 256
+from papers.setups import HELD_OUT
+
 WARMUP_STEPS = 400
 
 

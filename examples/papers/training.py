@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
+from papers import published
 from papers.outcomes import curves, outcomes
 from papers.penalty_forms import add_logit_diff
 from papers.setups import GROUP, Arm, Regime
@@ -43,32 +44,43 @@ def train(
     stack = stack or Stack()
     torch.set_num_threads(1 if stack.model is None else torch.get_num_threads())
     disable_progress_bar()
-    started = time.perf_counter()
-    policy = stack.model or str(warm_start(seed, starts, warmup_steps))
-    warmed = time.perf_counter()
     options = stack.options(regime.options | arm.options_in(regime), regime.learning_rate)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = build_trainer(regime, arm, seed, policy, options | {"output_dir": scratch}, stack)
-        problems = prompts(held_out_problems(seed), trainer.processing_class, stack)
-        before = evaluate(trainer, problems, seed)
-        trainer.train()
-        after = evaluate(trainer, problems, seed)
-    log = trainer.state.log_history
-    ended = {f"held_out_{key}": round(value, 5) for key, value in after.items()}
-    ended |= {f"held_out_{key}_before": round(value, 5) for key, value in before.items()}
+    started = time.perf_counter()
+    if regime.published and stack.model is None:
+        warmed = started
+        log, evaluations = published.train(regime, arm, seed, options)
+    else:
+        policy = stack.model or str(warm_start(seed, starts, warmup_steps))
+        warmed = time.perf_counter()
+        log, evaluations = _train(regime, arm, seed, policy, options, stack)
     return {
         "regime": regime.name,
         "arm": arm.name,
         "seed": seed,
         **({} if stack.model is None else {"model": stack.model, "engine": stack.engine}),
         "options": options,
-        "outcomes": outcomes(log) | ended,
+        "outcomes": outcomes(log) | {name: round(value, 5) for name, value in evaluations.items()},
         "curves": curves(log),
         "seconds": round(time.perf_counter() - warmed, 1),
         "warm_up_seconds": round(warmed - started, 1),
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
     }
+
+
+def _train(
+    regime: Regime, arm: Arm, seed: int, policy: str, options: dict[str, Any], stack: Stack
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A run's log, and what it has of the held-out problems before and after."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(regime, arm, seed, policy, options | {"output_dir": scratch}, stack)
+        problems = prompts(held_out_problems(seed)[: regime.held_out], trainer.processing_class, stack)
+        before = evaluate(trainer, problems, seed)
+        trainer.train()
+        after = evaluate(trainer, problems, seed)
+    ended = {f"held_out_{key}": value for key, value in after.items()}
+    ended |= {f"held_out_{key}_before": value for key, value in before.items()}
+    return trainer.state.log_history, ended
 
 
 def build_trainer(
@@ -83,7 +95,7 @@ def build_trainer(
     problems = Dataset.from_list(prompts(training_problems(seed, count), tokenizer, stack))
     kind = arm.trainer or DCGRPOTrainer
     model = load_policy(policy, regime.grid)
-    trainer = kind(model, SumReward(), config, problems, processing_class=tokenizer)
+    trainer = kind(model, SumReward(workers=1), config, problems, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
