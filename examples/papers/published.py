@@ -6,7 +6,6 @@ the right token over all problems, as the sampler's copy of the policy computes 
 """
 
 import tempfile
-import time
 from typing import Any
 
 import demo_quiet  # noqa: F401 (silences the imports below)

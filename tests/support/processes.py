@@ -2,11 +2,15 @@
 """Python processes that tests start: with this checkout's package, one thread each, and without the network."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from forked import run_forks
 from places import ROOT, SUPPORT
+
+_OUTSIDE = dict(os.environ)  # before any test changes it
 
 
 def environment(vllm: bool = False, **more: str) -> dict[str, str]:
@@ -30,6 +34,7 @@ def run_python(
     cwd: Path | None = None,
     status: int | None = 0,
     timeout: float = 300,
+    fresh: bool = False,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python on these words and returns what it printed.
@@ -40,19 +45,54 @@ def run_python(
         cwd: where it runs.
         status: that it must end with; None for any.
         timeout: in seconds.
+        fresh: whether the process must load the libraries itself; it does so anyway with vLLM or variables.
         variables: of its environment, beside those of `environment`.
     """
-    command = [sys.executable, *map(str, words)]
-    own = environment(vllm, **variables)
-    done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=timeout)
-    assert status in (None, done.returncode), f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-    return done
+    texts, own = [str(word) for word in words], environment(vllm, **variables)
+    if fresh or vllm or variables:
+        command = [sys.executable, *texts]
+        done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=timeout)
+    else:
+        done = run_forks(texts, [own], _server(), cwd or Path.cwd(), timeout)
+    return _checked(done, status)
 
 
 def run_ranks(
     script: Path, *words: str | Path, ranks: int = 2, vllm: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script of this folder on several processes of one machine."""
-    # Not `accelerate launch --cpu --num_processes 2`, which starts one process and says nothing.
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
-    return run_python(*launcher, script, *words, vllm=vllm)
+    if vllm:
+        # Not `accelerate launch --cpu --num_processes 2`, which starts one process and says nothing.
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
+        return run_python(*launcher, script, *words, vllm=True)
+    texts, port = [str(word) for word in (script, *words)], _free_port()
+    environments = [environment() | _rank(rank, ranks, port) for rank in range(ranks)]
+    return _checked(run_forks(texts, environments, _server(), Path.cwd(), timeout=300), status=0)
+
+
+def _checked(done: subprocess.CompletedProcess[str], status: int | None) -> subprocess.CompletedProcess[str]:
+    assert status in (None, done.returncode), f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+def _server() -> dict[str, str]:
+    """The variables of the process that others are forks of."""
+    own = environment()
+    return (
+        _OUTSIDE
+        | {name: own[name] for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
+        | {"PYTHONPATH": os.pathsep.join([str(SUPPORT / "without_vllm"), str(ROOT), str(SUPPORT)])}
+    )
+
+
+def _rank(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torch's launcher tells a rank."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    return where | {name: str(number) for name, number in numbers.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
