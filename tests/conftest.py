@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the marks of the tests mean, and which tests share a process where several run side by side."""
+"""What the marks of the tests mean, which tests share a process where several run side by side, and cheap collections."""
 
+import gc
 import importlib.util
 
 import pytest
@@ -19,3 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm else str(item.path)))
         if needs_vllm and not is_installed:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+def pytest_collection_finish() -> None:
+    """Takes what the imports made out of the garbage collector's sight.
+
+    Accelerate collects garbage as each training starts, and would go through a million objects of the libraries, which
+    takes as long as a training of three steps does.
+    """
+    gc.collect()
+    gc.freeze()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the server of `forked` loads, once, for the processes that it becomes."""
 
+import gc
 import sys
 
 PATH = list(sys.path)
@@ -12,3 +13,5 @@ import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
 
 import dc_trl.commands.cli  # noqa: E402, F401
 import dc_trl.trainer  # noqa: E402, F401
+
+gc.freeze()  # as in conftest.py
