@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the marks of the tests mean, which tests share a process where several run side by side, and cheap collections."""
+"""What the marks of the tests mean, which tests share a process, and what makes all of them quick."""
 
 import gc
 import importlib.util
