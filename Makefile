@@ -68,9 +68,9 @@ browser:
 		echo "no Chromium: the tests that look at the report in a browser are skipped"
 	fi
 
-# WORKERS=2 runs two tests at a time, which saves a third of the time; engines and processes that share the cores can then fail by chance.
-WORKERS ?= 0
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+# Tests run side by side, those of a file in their order; WORKERS=0 runs one after the other.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 check: lint ## lint, and the tests that are quick and need no vLLM
 	$(PYTEST) -m "not slow and not vllm" $(PYTEST_ARGS)

@@ -30,3 +30,8 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Gives the collector everything back, for what libraries check at the end of the process."""
+    gc.unfreeze()
