@@ -68,9 +68,9 @@ browser:
 		echo "no Chromium: the tests that look at the report in a browser are skipped"
 	fi
 
-# Tests run side by side, those of a file in their order; WORKERS=0 runs one after the other.
+# Two files of tests run side by side, in the order of their names; WORKERS=0 runs one test after the other.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: lint ## lint, and the tests that are quick and need no vLLM
 	$(PYTEST) -m "not slow and not vllm" $(PYTEST_ARGS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the marks of the tests mean, which tests share a process, and what makes all of them quick."""
+"""What the marks of the tests mean, and what makes all of them quick."""
 
 import gc
 import importlib.util
@@ -9,17 +9,11 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked `vllm` where vLLM is not installed, before a fixture of theirs starts anything.
-
-    Side by side (`pytest -n 2 --dist loadgroup`), the tests of a file stay together, for their fixtures; and those of
-    vLLM do, since each of its engines takes every core.
-    """
-    is_installed = importlib.util.find_spec("vllm") is not None
-    for item in items:
-        needs_vllm = item.get_closest_marker("vllm") is not None
-        item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm else str(item.path)))
-        if needs_vllm and not is_installed:
-            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+    """Skips the tests marked `vllm` where vLLM is not installed, before a fixture of theirs starts anything."""
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm") is not None:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
 
 
 def pytest_collection_finish() -> None:
