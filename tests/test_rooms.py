@@ -8,13 +8,12 @@ package that hands out names of its own modules makes no circle, unless one of t
 
 import ast
 import re
-import subprocess
-import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 from places import ROOT
+from processes import run_python
 
 PACKAGE = ROOT / "dc_trl"
 MODULES = {
@@ -145,8 +144,7 @@ def test_every_command_is_a_room_of_its_name() -> None:
 def loaded(code: str) -> set[str]:
     """The modules that are there after the code ran in a fresh process."""
     listing = f"import sys\n{code}\nprint('LOADED', *sys.modules)"
-    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", listing, fresh=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOADED ")]
     return set(line.split()[1:])
 

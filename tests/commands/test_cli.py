@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,7 @@ def test_plans_in_a_process_of_its_own(tiny: Path) -> None:
 def test_a_step_is_one_line_and_nothing_else_is_said(tiny: Path) -> None:
     pytest.importorskip("math_verify")
     options = ["--max_steps", "3", "--logging_steps", "1", "--steps_per_generation", "1", "--report_to", "none"]
-    command = [sys.executable, "-m", "dc_trl", "train", "--config", str(TINY), *options]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = run_python("-m", "dc_trl", "train", "--config", TINY, *options, fresh=True)
     steps = [f"step {step}/3: reward " for step in (1, 2, 3)] + ["step 3/3: the end, after "]
     lines = result.stdout.splitlines()
     assert [line.startswith(step) for line, step in zip(lines, steps, strict=True)] == [True] * 4
@@ -73,7 +70,7 @@ def test_a_script_keeps_the_notices_of_its_imports() -> None:
         "before = levels()\nlogging.getLogger('torchao').setLevel(logging.DEBUG)\nsilence_imports()\n"
         "print(before, levels())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_python("-c", code, fresh=True)
     assert done.stdout.strip() == "[0, 0, 0, 0] [10, 40, 40, 40]"
 
 
@@ -176,7 +173,7 @@ def test_version_and_help_load_no_torch() -> None:
         "import sys\nfrom dc_trl.commands.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
     )
-    assert "train" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "train" in run_python("-c", code, fresh=True).stdout
 
 
 def test_the_wheel_takes_the_configurations_along() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from calibrations import write_recipe
+from processes import environment
 
 from dc_trl.commands.calibrate import progress
 from dc_trl.commands.calibrate.progress import SAMPLING, SCORING, PassClock, shown
@@ -115,7 +116,8 @@ def test_sigterm_leaves_no_work_folder(recipe: Callable[..., Path], tmp_path: Pa
     path = recipe(max_completion_length=400, num_generations=32, per_device_train_batch_size=128)
     command = [sys.executable, "-m", "dc_trl", "calibrate", "--config", str(path), "--problems", "64"]
     work = tmp_path / "out" / "calibration-work"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment(), **pipes) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "pass 1: as loaded" in line:
