@@ -99,7 +99,7 @@ papers: install ## the study of examples/papers, hours; goes on where it stopped
 	$(PY) examples/papers write
 
 papers-quick: install ## a smoke of the study, minutes; its numbers mean nothing and are not kept
-	$(PY) examples/papers run --quick
+	$(PY) examples/papers run --quick --jobs 2
 
 clean: ## remove .venv and every cache and build product
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -9,6 +9,7 @@ from pathlib import Path
 from papers.blocks import BLOCKS, Block
 from papers.stack import Stack
 
+SEED = 0
 WARMUP_STEPS = 20
 ROLLOUTS = 2
 BATCH = 16
@@ -33,15 +34,20 @@ def smoke(folder: Path, only: Sequence[str] = (), jobs: int = 1, stack: Stack | 
     Raises:
         RuntimeError: if a run failed or left no line.
     """
-    from papers import training  # noqa: F401 (loaded once, before the forks)
+    from papers import published, training  # noqa: F401 (loaded once, before the forks)
     from papers.runner import Todo, do
+    from papers.start import warm_start
 
-    started = time.time()
+    started, starts = time.time(), folder / "starts"
     todo = [
-        Todo(block, regime, arm, 0)
+        Todo(block, regime, arm, SEED)
         for block in map(shortened, BLOCKS.values())
         if not only or block.name in only
         for regime, arm in block.runs
     ]
-    do(todo, folder / "results", folder / "starts", jobs, warmup_steps=WARMUP_STEPS, stack=stack)
+    if stack is None or stack.model is None:  # what runs start from, by one process, before several read it
+        warm_start(SEED, starts, WARMUP_STEPS)
+        if published.is_there() and any(run.regime.published for run in todo):
+            published.start(starts)
+    do(todo, folder / "results", starts, jobs, warmup_steps=WARMUP_STEPS, stack=stack)
     print(f"{len(todo)} runs in {(time.time() - started) / 60:.1f} minutes; nothing is kept")
