@@ -8,6 +8,7 @@ from papers.intervals import MARGIN, Comparison, Side
 H5 = "ours, H5"
 DC = "DC-GRPO"
 DECAY = "length-decay"
+HELD_OUT = "held_out_accuracy"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def _speed(regime: str, left: str, right: str) -> Comparison:
 
 
 def _held_out(left: str, right: str) -> Comparison:
-    return _accuracy(PUBLISHED, left, right, "held_out_accuracy")
+    return _accuracy(PUBLISHED, left, right, HELD_OUT)
 
 
 FP8, BF16, OFF, CALM = "unseen-fp8", "unseen-bf16", "off-grid-fp8", "calm"
@@ -330,7 +331,6 @@ _DIFFERENT = (
     ("half the tolerance does worse", f"{DC}, table 5", "dc-alone", "dc-slack-0.6"),
     ("twice the tolerance does worse", f"{DC}, table 5", "dc-alone", "dc-slack-2.5"),
     ("a tenth of the rate ends higher", f"{DECAY}, figure 4", "rate-tenth", "plain"),
-    ("a fortieth of the problems ends lower", f"{DECAY}, figure 5", "plain", "data-fortieth"),
     ("a decay that comes early ends lower", f"{DECAY}, figures 9 and 10", "decay", "decay-early"),
     ("a decay that comes late ends lower", f"{DECAY}, figures 9 and 10", "decay", "decay-late"),
     ("length-decay adds to MIS", f"{DECAY}, figure 11", "decay-mis", "mis-token"),
@@ -342,13 +342,26 @@ _EQUAL = (
     ("λ0 of 0.2 does as well as 0.1", f"{DC}, table 3", "dc-init-0.2", "dc-alone"),
     ("a dual rate of 0.5 does as well as 1", f"{DC}, table 4", "dc-dual-lr-0.5", "dc-alone"),
     ("a dual rate of 1.5 does as well as 1", f"{DC}, table 4", "dc-dual-lr-1.5", "dc-alone"),
-    ("a quarter of the problems ends no differently", f"{DECAY}, figure 5", "data-quarter", "plain"),
     ("an fp16 sampler alone does not end higher", f"{DECAY}, figure 13", "fp16", "plain"),
 )
 
 CLAIMS = (
     *(Claim("claims", text, source, _accuracy(STRESSED, left, right)) for text, source, left, right in _DIFFERENT),
     *(Claim("claims", text, source, _accuracy(STRESSED, left, right), True) for text, source, left, right in _EQUAL),
+    # Where problems are repeated, what a run logs is of problems that it has seen.
+    Claim(
+        "claims",
+        "a fortieth of the problems ends lower, held out",
+        f"{DECAY}, figure 5",
+        _accuracy(STRESSED, "plain", "data-fortieth", HELD_OUT),
+    ),
+    Claim(
+        "claims",
+        "a quarter of the problems ends no differently, held out",
+        f"{DECAY}, figure 5",
+        _accuracy(STRESSED, "data-quarter", "plain", HELD_OUT),
+        equal=True,
+    ),
     Claim(
         "claims",
         "at a tenth of the rate the discrepancy is smaller",
