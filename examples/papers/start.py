@@ -2,6 +2,7 @@
 """Where every arm of a seed starts: the demo's policy, warmed up once a seed and kept, and its problems."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,29 @@ def warm_start(seed: int, folder: Path, steps: int = WARMUP_STEPS) -> Path:
         folder: where the policies of all seeds are kept.
         steps: of the warm-up.
     """
-    kept = folder / f"seed-{seed}-{steps}"
-    if not kept.exists():
+
+    def make(making: Path) -> None:
         set_seed(seed)
         tokenizer = build_tokenizer()
         policy = build_policy(tokenizer)
         warm_up(policy, tokenizer, steps, seed, {problem["prompt"] for problem in held_out_problems(seed)})
-        making = kept.with_suffix(".making")
-        shutil.rmtree(making, ignore_errors=True)
         policy.save_pretrained(making)
         tokenizer.save_pretrained(making)
+
+    return made_once(folder / f"seed-{seed}-{steps}", make)
+
+
+def made_once(kept: Path, make: Callable[[Path], None]) -> Path:
+    """A folder, made on the first call: under another name at first, so that one that is there is whole.
+
+    Args:
+        kept: the folder.
+        make: writes into the folder that it is given.
+    """
+    if not kept.exists():
+        making = kept.with_suffix(".making")
+        shutil.rmtree(making, ignore_errors=True)
+        make(making)
         making.rename(kept)
     return kept
 

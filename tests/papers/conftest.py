@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study's modules, which lie beside the demo's in examples/ and not in the package."""
+"""The study's modules, and the demo's and the benchmarks' that they use, which lie in examples/ and not in the package."""
 
 import sys
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from places import ROOT
 
 @pytest.fixture(autouse=True, scope="session")
 def examples_are_on_the_path() -> Iterator[None]:
-    folder = str(ROOT / "examples")
-    sys.path.insert(0, folder)
+    folders = [str(ROOT / "examples"), str(ROOT / "examples/benchmarks")]
+    sys.path[:0] = folders
     yield
-    sys.path.remove(folder)
+    for folder in folders:
+        sys.path.remove(folder)
