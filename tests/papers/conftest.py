@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study's modules, and the demo's and the benchmarks' that they use, which lie in examples/ and not in the package."""
+"""The study's modules, and what they use of demo and benchmarks: they lie in examples/ and not in the package."""
 
 import sys
 from collections.abc import Iterator

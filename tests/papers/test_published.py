@@ -8,9 +8,11 @@ import pytest
 from tiny import save_tiny_policy
 
 
-def test_a_run_has_the_deployed_accuracy_before_and_after(tmp_path: Path) -> None:
+def test_a_run_has_the_deployed_accuracy_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from papers import arms, published
 
+    # A random policy is never right: some other reward moves it.
+    monkeypatch.setattr(published, "right", lambda completions, **_: [float(i % 2) for i in range(len(completions))])
     (arm,) = (arm for arm in arms.PUBLISHED_ARMS if arm.name == "dither")
     regime = replace(arms.PUBLISHED_BF16, rollouts=2, batch=16, learning_rate=0.1)
     policy = str(save_tiny_policy(tmp_path / "policy", dtype="float32"))
@@ -20,9 +22,8 @@ def test_a_run_has_the_deployed_accuracy_before_and_after(tmp_path: Path) -> Non
         *("held_out_accuracy", "held_out_greedy"),
         *("held_out_accuracy_before", "held_out_greedy_before"),
     ]
-    assert (
-        0 < found["held_out_accuracy_before"] < 1 and found["held_out_accuracy"] != found["held_out_accuracy_before"]
-    )
+    before, after = found["held_out_accuracy_before"], found["held_out_accuracy"]
+    assert 0 < before < 1 and 0 < after < 1 and before != after
 
 
 def test_without_the_model_its_runs_are_left_out_and_said(
