@@ -32,10 +32,10 @@ about a published model of 135 million parameters.
 
 READING = """\
 How to read it: a difference is a mean over seeds, arms paired by seed, with its 95 % bootstrap interval and the exact p of
-flipping signs; n is the number of seeds. Accuracies are the deployed policy's on fresh problems, sampled, the published
-model's on held-out ones, exactly, and where problems are repeated on held-out ones, sampled; of discrepancies, mean |π − μ| over the run, the ratio is given. With 5 to 7 seeds a verdict only *points to* what 8 would say, since such
-intervals are too short; with fewer than 5 it is *not yet run*. Some seventy comparisons are planned, and no interval is
-widened for that.
+flipping signs; n is the number of seeds. Accuracies are the deployed policy's on fresh problems, sampled; where problems are
+repeated on held-out ones, sampled; and the published model's on held-out ones, exactly. Of discrepancies, mean |π − μ| over
+the run, the ratio is given. With 5 to 7 seeds a verdict only *points to* what 8 would say, since such intervals are too
+short; with fewer than 5 it is *not yet run*. No interval is widened for the number of comparisons.
 """  # noqa: E501
 
 COLUMNS = {

@@ -67,7 +67,7 @@ def train(
         data = Dataset.from_list(training)
         trainer = DCGRPOTrainer(model, right, config, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
-        accuracy = DeployedAccuracy(trainer, regime.rollouts, {"held_out": held_out})
+        accuracy = DeployedAccuracy(trainer, regime.rollouts, {"held_out": held_out[: regime.held_out]})
         trainer.add_callback(accuracy)
         trainer.train()
     before, after = accuracy.rows[0], accuracy.rows[-1]

@@ -45,9 +45,10 @@ def smoke(folder: Path, only: Sequence[str] = (), jobs: int = 1, stack: Stack | 
         if not only or block.name in only
         for regime, arm in block.runs
     ]
-    if stack is None or stack.model is None:  # what runs start from, by one process, before several read it
+    stack = stack or Stack()
+    if stack.model is None:  # what runs start from, by one process, before several read it
         warm_start(SEED, starts, WARMUP_STEPS)
-        if published.is_there() and any(run.regime.published for run in todo):
-            published.start(starts)
+    if published.is_there() and any(stack.takes_published(run.regime) for run in todo):
+        published.start(starts)
     do(todo, folder / "results", starts, jobs, warmup_steps=WARMUP_STEPS, stack=stack)
     print(f"{len(todo)} runs in {(time.time() - started) / 60:.1f} minutes; nothing is kept")

@@ -103,7 +103,7 @@ def _lacks_model(run: Todo, stack: Stack | None) -> bool:
     """Whether a run needs a published model that is not installed; says so."""
     from papers import published
 
-    lacks = run.regime.published and (stack is None or stack.model is None) and not published.is_there()
+    lacks = (stack or Stack()).takes_published(run.regime) and not published.is_there()
     if lacks:
         print(f"{run.run}: left out, it needs a published model: {published.INSTALL}", flush=True)
     return lacks

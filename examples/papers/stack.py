@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from papers.setups import Regime
+
 ENGINES = ("in-process", "vllm")
 
 
@@ -24,6 +26,10 @@ class Stack:
     engine: str = "in-process"
     learning_rate: float = 1e-6
     max_completion_length: int = 512
+
+    def takes_published(self, regime: Regime) -> bool:
+        """Whether a regime's policy is its published model: a model of one's own takes its place."""
+        return regime.published and self.model is None
 
     def options(self, options: dict[str, Any], regime_rate: float) -> dict[str, Any]:
         """The options of a run on this stack.

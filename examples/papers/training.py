@@ -48,7 +48,7 @@ def train(
     started = time.perf_counter()
     policy = _start(regime, seed, starts, warmup_steps, stack)
     warmed = time.perf_counter()
-    if regime.published and stack.model is None:
+    if stack.takes_published(regime):
         log, evaluations = published.train(regime, arm, seed, policy, options)
     else:
         log, evaluations = _train(regime, arm, seed, policy, options, stack)
@@ -69,9 +69,9 @@ def train(
 
 def _start(regime: Regime, seed: int, starts: Path, warmup_steps: int, stack: Stack) -> str:
     """The policy that a run starts from, by name or folder."""
-    if stack.model is not None:
-        return stack.model
-    return str(published.start(starts) if regime.published else warm_start(seed, starts, warmup_steps))
+    if stack.takes_published(regime):
+        return str(published.start(starts))
+    return stack.model or str(warm_start(seed, starts, warmup_steps))
 
 
 def _train(

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from places import SUPPORT
-from processes import run_python
-from vllm_process import free_port
+from processes import free_port, run_python
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -14,12 +14,11 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from places import SUPPORT
-from processes import run_ranks
+from processes import free_port, run_ranks
 from safetensors.torch import load_file
 from stub_server import Stub
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
-from vllm_process import free_port
 
 from dc_trl.rollouts.checkpoint import next_checkpoint, remove_old_checkpoints, write_checkpoint
 from dc_trl.rollouts.transformers import TransformersGeneration
@@ -95,7 +94,8 @@ def test_merged_weights_are_rounded_by_nobody() -> None:
 
 
 def test_two_processes_gather_their_shards() -> None:
-    said = run_ranks(SUPPORT / "sharded_weights_run.py").stdout
+    # Started as users start theirs: the other tests of several ranks only tell them what the launcher would.
+    said = run_ranks(SUPPORT / "sharded_weights_run.py", fresh=True).stdout
     assert "rank 0 agrees" in said and "rank 1 agrees" in said
 
 

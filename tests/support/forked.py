@@ -53,6 +53,7 @@ def run_forks(
         finally:
             for fork in forks:
                 fork.kill()
+                fork.join()
         if status is None:
             raise subprocess.TimeoutExpired(words, timeout, out.read_bytes(), err.read_bytes())
         return subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())

@@ -40,7 +40,7 @@ def run_python(
     """Runs Python on these words and returns what it printed.
 
     Args:
-        words: a script or a module with its arguments.
+        words: a script or a module with its arguments; code, behind `-c`, in a fresh process only.
         vllm: whether it needs vLLM.
         cwd: where it runs.
         status: that it must end with; None for any.
@@ -58,16 +58,23 @@ def run_python(
 
 
 def run_ranks(
-    script: Path, *words: str | Path, ranks: int = 2, vllm: bool = False
+    script: Path, *words: str | Path, ranks: int = 2, vllm: bool = False, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script of this folder on several processes of one machine."""
-    if vllm:
+    """Runs a script of this folder on several processes of one machine; torch starts those that are fresh."""
+    if fresh or vllm:
         # Not `accelerate launch --cpu --num_processes 2`, which starts one process and says nothing.
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
-        return run_python(*launcher, script, *words, vllm=True)
-    texts, port = [str(word) for word in (script, *words)], _free_port()
+        return run_python(*launcher, script, *words, vllm=vllm, fresh=True)
+    texts, port = [str(word) for word in (script, *words)], free_port()
     environments = [environment() | _rank(rank, ranks, port) for rank in range(ranks)]
     return _checked(run_forks(texts, environments, _server(), Path.cwd(), timeout=300), status=0)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _checked(done: subprocess.CompletedProcess[str], status: int | None) -> subprocess.CompletedProcess[str]:
@@ -90,9 +97,3 @@ def _rank(rank: int, ranks: int, port: int) -> dict[str, str]:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     return where | {name: str(number) for name, number in numbers.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
