@@ -112,6 +112,7 @@ _BITES: Options = {"multiplier_init": 0.1, "multiplier_max": 0.3, "dual_lr": 0.0
 _LOGIT: Options = {"discrepancy_metric": "logit_diff"}
 _RELATIVE = PenaltyForm(relative=True)
 _TO_GO = PenaltyForm(relative=True, to_go=True)
+_CENTRED = PenaltyForm(relative=True, to_go=True, group=True)
 
 
 def _form(name: str, form: PenaltyForm, options: Options | None = None, placebo: bool = False) -> Arm:
@@ -128,6 +129,8 @@ FORM_ARMS = (
     _form("relative-logprob", _RELATIVE, {"discrepancy_metric": "logprob_diff"}),
     _form("relative-to-go", _TO_GO),
     _form("relative-logit-to-go", _TO_GO, _LOGIT),
+    _form("relative-to-go-centred", _CENTRED),
+    _form("relative-logit-to-go-centred", _CENTRED, _LOGIT),
     Arm("tis-entropy", {**TIS, "use_adaptive_entropy": True, "entropy_target": 3.4, "entropy_coef_delta": 0.02}),
     _form("relative-capped", PenaltyForm(relative=True, share_cap=0.05)),
     Arm("rejection-geometric", {**TIS, "rejection": ["geometric"]}),

@@ -273,6 +273,8 @@ FORMS = (
             ("relative-logprob", "a relative penalty on log-probs", "ours, H4"),
             ("relative-to-go", "the cost to go of |π − μ|", "ours, H3"),
             ("relative-logit-to-go", "the cost to go of the logit difference", "ours, H3"),
+            ("relative-to-go-centred", "the same of |π − μ|, centred in its group,", "ours, H3"),
+            ("relative-logit-to-go-centred", "the same of the logit difference, centred in its group,", "ours, H3"),
             ("relative-capped", "a penalty on |π − μ| of at most 5 % of |A|", "ours"),
             ("rejection-geometric", "geometric rejection", "Liu et al. 2025"),
             ("rejection-dppo-tv", "DPPO-TV", "DPPO"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dc_trl import DCGRPOTrainer
 from dc_trl.constraint import DiscrepancyConstraint, discrepancy_penalty
-from dc_trl.discrepancy import LOG_RATIO_BOUND, METRICS, DiscrepancyMetric
+from dc_trl.discrepancy import LOG_RATIO_BOUND, METRICS, DiscrepancyMetric, token_discrepancy, valid_tokens
 
 
 class PenaltyForm(NamedTuple):
@@ -25,11 +25,14 @@ class PenaltyForm(NamedTuple):
             stack.
         to_go: whether a token pays for what it leads to, (1/T_i) Σ_{s ≥ t} c_s, the signal of the policy gradient of a
             constrained decision process whose cost is the trajectory's mean; else for itself.
+        group: whether a token pays what it costs above what its group's do, as GRPO's rewards count: at its position,
+            in the mean over all completions of the problem.
         share_cap: most that the penalty may be of the advantage, in means over a micro-batch; None for no bound.
     """
 
     relative: bool = False
     to_go: bool = False
+    group: bool = False
     share_cap: float | None = None
 
 
@@ -39,19 +42,31 @@ class FormConstraint(DiscrepancyConstraint):
     Args:
         own: the constraint whose kind, multiplier, tolerance and level it takes over.
         form: of its penalty.
+
+    Attributes:
+        baseline: of the micro-batch at hand, what its tokens' costs are above, (B, T), in units of the metric.
     """
+
+    baseline: Tensor | None = None
 
     def __init__(self, own: DiscrepancyConstraint, form: PenaltyForm) -> None:
         super().__init__(own.kind, own.dual, own.tolerance, own.level)
         self.form = form
 
+    def cost(self, discrepancy: Tensor, valid: Tensor) -> Tensor:
+        """What each token costs, (B, T), in units of the metric: its discrepancy, or what is to go from it."""
+        cost = discrepancy.detach()
+        return to_go(cost, valid) if self.form.to_go else cost
+
     def penalty(self, discrepancy: Tensor, valid: Tensor, advantages: Tensor | None = None) -> Tensor:
         """What each token's advantage loses, (B, T); see the parent."""
-        tolerance, cost = self.tolerance.value, discrepancy.detach()
+        tolerance, cost = self.tolerance.value, self.cost(discrepancy, valid)
+        if self.baseline is not None:
+            cost = cost - self.baseline
         if self.form.relative and tolerance is not None:
             cost, tolerance = cost / tolerance, 1.0
         penalty = discrepancy_penalty(
-            to_go(cost, valid) if self.form.to_go else cost,
+            cost,
             valid,
             constraint=self.kind,
             multiplier=self.multiplier,
@@ -76,6 +91,18 @@ def to_go(cost: Tensor, valid: Tensor) -> Tensor:
     return counted.flip(-1).cumsum(-1).flip(-1) / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
+def group_mean(cost: Tensor, valid: Tensor, group: int) -> Tensor:
+    """For each token the mean cost at its position over its group, (B, T).
+
+    Args:
+        cost: (B, T), completions of a problem one after the other.
+        valid: (B, T) bool; what is not valid costs nothing, and counts.
+        group: completions of a problem, of which B is a multiple.
+    """
+    counted = torch.where(valid, cost, torch.zeros_like(cost))
+    return counted.unflatten(0, (-1, group)).mean(1).repeat_interleave(group, 0)
+
+
 def capped(penalty: Tensor, advantages: Tensor, valid: Tensor, share: float) -> Tensor:
     """The penalty (B, T), all of it made smaller by one factor where its mean exceeds the share of mean |A|.
 
@@ -93,11 +120,30 @@ def capped(penalty: Tensor, advantages: Tensor, valid: Tensor, share: float) -> 
 
 
 class FormTrainer(DCGRPOTrainer):
-    """The library's trainer with another form of its penalty."""
+    """The library's trainer with another form of its penalty.
+
+    TRL deals the completions of a group out over the updates on a rollout, so that their mean cost is taken before,
+    while they are together.
+    """
+
+    _constraint: FormConstraint
 
     def __init__(self, *args: Any, form: PenaltyForm, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._constraint = FormConstraint(self._constraint, form)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        if self._constraint.form.group and self.model.training:
+            pi, mu = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
+            valid = valid_tokens(mu, batch["completion_mask"], pi)
+            cost = self._constraint.cost(token_discrepancy(pi, mu, self.args.discrepancy_metric), valid)
+            batch["cost_baseline"] = group_mean(cost, valid, self.num_generations)
+        return batch
+
+    def _constrain(self, inputs: dict[str, Any], logps: Tensor) -> None:
+        self._constraint.baseline = inputs.get("cost_baseline")
+        super()._constrain(inputs, logps)
 
 
 def logit_diff(train_logps: Tensor, sampling_logps: Tensor) -> Tensor:

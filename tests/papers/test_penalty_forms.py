@@ -2,15 +2,20 @@
 """The forms of the penalty that the study tests, on numbers worked by hand."""
 
 import math
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from runs import PROMPTS, count_digits, settings
+from tiny import tiny_model, tiny_tokenizer
 
+from dc_trl import DCGRPOConfig
 from dc_trl.constraint import DiscrepancyConstraint, DiscrepancyTolerance
 from dc_trl.discrepancy import LOG_RATIO_BOUND, METRICS, token_discrepancy
 from dc_trl.dual import DualVariable
+from dc_trl.step import Step
 
 D = torch.tensor([[0.4, 0.2, 0.6], [0.8, 0.0, 9.0]])
 VALID = torch.tensor([[True, True, True], [True, True, False]])
@@ -45,6 +50,46 @@ def test_what_is_to_go_is_summed_over_what_follows() -> None:
     torch.testing.assert_close(to_go(D, VALID), expected)
     penalty = constraint(form(to_go=True)).penalty(D, VALID)
     torch.testing.assert_close(penalty, 0.5 * expected)
+
+
+def test_a_group_costs_at_each_position_what_all_its_completions_do_in_the_mean() -> None:
+    from papers.penalty_forms import group_mean
+
+    d = torch.cat([D, D + 1])
+    valid = torch.cat([VALID, VALID])
+    first = torch.tensor([(0.4 + 0.8) / 2, 0.2 / 2, 0.6 / 2])  # the masked 9.0 is 0, and its completion counts
+    second = torch.tensor([(1.4 + 1.8) / 2, (1.2 + 1.0) / 2, 1.6 / 2])
+    torch.testing.assert_close(group_mean(d, valid, 2), torch.stack([first, first, second, second]))
+
+
+@pytest.mark.parametrize("to_go", [False, True])
+def test_a_groups_penalties_cancel_however_it_is_dealt_out_over_the_updates(to_go: bool, tmp_path: Path) -> None:
+    from papers.penalty_forms import FormTrainer
+
+    options = {"rollout_backend": "transformers", "rollout_precision": "int4", "steps_per_generation": 4}
+    options |= {"constraint": "fixed", "multiplier_init": 0.5, "max_steps": 4}
+    trainer = FormTrainer(
+        tiny_model(),
+        count_digits,
+        DCGRPOConfig(**settings(tmp_path, **options)),
+        PROMPTS,
+        processing_class=tiny_tokenizer(),
+        form=form(to_go=to_go, group=True),
+    )
+    sums: dict[tuple[int, ...], torch.Tensor] = {}
+    sizes: list[float] = []
+
+    def observe(inputs: dict[str, Any], step: Step) -> None:
+        charged = torch.where(step.masks.valid, step.penalty, -0.5 * inputs["cost_baseline"])
+        for prompt, row in zip(inputs["prompt_ids"].tolist(), charged, strict=True):
+            sums[tuple(prompt)] = sums.get(tuple(prompt), 0.0) + row
+        sizes.append(step.penalty.abs().mean().item())
+
+    trainer.step_observers.append(observe)
+    trainer.train()
+    assert len(sizes) == 4 and min(sizes) > 1e-4 and len(sums) == 8  # 4 updates on 32 completions, 4 of each problem
+    for row in sums.values():
+        torch.testing.assert_close(row, torch.zeros_like(row), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("poison", [1e4, -1e4, math.nan, math.inf])
