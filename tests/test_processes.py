@@ -41,10 +41,22 @@ def test_a_failure_is_seen(tmp_path: Path, code: str, status: int) -> None:
 
 def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)\n")
+    script.write_text(
+        "import os, pathlib, subprocess, time\nown = subprocess.Popen(['sleep', '600'])\n"
+        "pathlib.Path('pids').write_text(f'{os.getpid()} {own.pid}')\ntime.sleep(600)\n"
+    )
     with pytest.raises(subprocess.TimeoutExpired):
         run_python(script, cwd=tmp_path, timeout=3)
-    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+    one, started = (tmp_path / "pids").read_text().split()
+    assert not Path("/proc", one).exists()
+    assert _ended(int(started))  # what it started is no child of ours, and somebody else reaps it
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return Path("/proc", str(pid), "stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ package that hands out names of its own modules makes no circle, unless one of t
 
 import ast
 import re
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def packages(module: str) -> set[str]:
     return {".".join(parts[:depth]) for depth in range(2, len(parts))}
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     return {name: targets(path) - {name, FRONT_DOOR} for name, path in MODULES.items()}
 

@@ -19,7 +19,6 @@ def run(directory: Path, **engine: Any) -> dict[str, Any]:
     script = SUPPORT / "vllm_colocate_run.py"
     variables = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
         "MASTER_PORT": str(free_port()),  # torch's own, 29500, may be another test's
     }
     done = run_python(script, directory, json.dumps(engine), vllm=True, status=None, timeout=500, **variables)

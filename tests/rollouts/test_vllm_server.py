@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     directory = tmp_path_factory.mktemp("server")
     server = VLLMServer(save_tiny_policy(directory / "policy", tiny_model(**OFF_TILE)), directory / "server.log")
     try:
-        yield server.start("--dtype", "float32", "--block-size", "32")
+        yield server.start("--dtype", "float32", "--block-size", "32", fresh=True)
     finally:
         server.kill()
 

@@ -7,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from forked import run_forks
+from forked import Parent, run_forks
 from places import ROOT, SUPPORT
-
-_OUTSIDE = dict(os.environ)  # before any test changes it
 
 
 def environment(vllm: bool = False, **more: str) -> dict[str, str]:
@@ -26,6 +24,20 @@ def environment(vllm: bool = False, **more: str) -> dict[str, str]:
         paths.insert(0, str(SUPPORT / "without_vllm"))
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return os.environ | own | more
+
+
+def _parent(vllm: bool) -> Parent:
+    own = environment(vllm)
+    variables = {name: own[name] for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
+    variables["PYTHONPATH"] = os.pathsep.join([own["PYTHONPATH"], str(SUPPORT)])
+    return Parent("preloaded_vllm" if vllm else "preloaded", variables)
+
+
+PARENTS = {vllm: _parent(vllm) for vllm in (False, True)}
+"""What tests' processes are forks of, by whether vLLM is loaded."""
+
+READ_LATE = ("VLLM_", "MASTER_")
+"""How variables begin that libraries read after they are imported, each time."""
 
 
 def run_python(
@@ -45,15 +57,15 @@ def run_python(
         cwd: where it runs.
         status: that it must end with; None for any.
         timeout: in seconds.
-        fresh: whether the process must load the libraries itself; it does so anyway with vLLM or variables.
+        fresh: whether the process must load the libraries itself; with variables that are not `READ_LATE`, it does.
         variables: of its environment, beside those of `environment`.
     """
     texts, own = [str(word) for word in words], environment(vllm, **variables)
-    if fresh or vllm or variables:
+    if fresh or not all(name.startswith(READ_LATE) for name in variables):
         command = [sys.executable, *texts]
         done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=timeout)
     else:
-        done = run_forks(texts, [own], _server(), cwd or Path.cwd(), timeout)
+        done = run_forks(PARENTS[vllm], texts, [own], cwd or Path.cwd(), timeout)
     return _checked(done, status)
 
 
@@ -67,7 +79,7 @@ def run_ranks(
         return run_python(*launcher, script, *words, vllm=vllm, fresh=True)
     texts, port = [str(word) for word in (script, *words)], free_port()
     environments = [environment() | _rank(rank, ranks, port) for rank in range(ranks)]
-    return _checked(run_forks(texts, environments, _server(), Path.cwd(), timeout=300), status=0)
+    return _checked(run_forks(PARENTS[False], texts, environments, Path.cwd(), timeout=300), status=0)
 
 
 def free_port() -> int:
@@ -80,16 +92,6 @@ def free_port() -> int:
 def _checked(done: subprocess.CompletedProcess[str], status: int | None) -> subprocess.CompletedProcess[str]:
     assert status in (None, done.returncode), f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
-
-
-def _server() -> dict[str, str]:
-    """The variables of the process that others are forks of."""
-    own = environment()
-    return (
-        _OUTSIDE
-        | {name: own[name] for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
-        | {"PYTHONPATH": os.pathsep.join([str(SUPPORT / "without_vllm"), str(ROOT), str(SUPPORT)])}
-    )
 
 
 def _rank(rank: int, ranks: int, port: int) -> dict[str, str]:

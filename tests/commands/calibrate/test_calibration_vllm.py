@@ -82,10 +82,11 @@ def test_a_server_over_disk(server: VLLMServer, tmp_path: Path, monkeypatch: pyt
 def test_an_engine_in_the_trainers_process(tmp_path: Path) -> None:
     policy = save_tiny_policy(tmp_path / "policy", tiny_model(**OFF_TILE))
     flags = {"vllm_mode": "colocate", "vllm_max_model_length": "128"}
+    flags["vllm_engine_kwargs"] = '{"enforce_eager": true}'  # to compile takes longer than all the rest
     # A process of its own: vLLM initialises torch.distributed and does not give it back.
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    run_python("-m", "dc_trl", *command(tmp_path, policy, **flags), vllm=True, timeout=500, **variables)
+    words = command(tmp_path, policy, **flags)
+    run_python("-m", "dc_trl", *words, vllm=True, timeout=500, VLLM_CPU_KVCACHE_SPACE="1")
     found = result(tmp_path)
     assert set(statuses(found).values()) == {"pass"}
     assert 1e-4 < found["floor"]["value"] < 0.01
-    assert found["run"]["engine"] == "vLLM colocated" and "vllm" in found["run"]["versions"]
+    assert found["run"]["engine"] == "vLLM colocated (enforce_eager=True)" and "vllm" in found["run"]["versions"]
