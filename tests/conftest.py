@@ -5,15 +5,27 @@ import gc
 import importlib.util
 
 import pytest
+from slow_list import LIST, SECONDS, Clock, function_of, slow_functions
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-slow", action="store_true", help=f"write which tests took {SECONDS} s to {LIST.name}")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked `vllm` where vLLM is not installed, before a fixture of theirs starts anything."""
-    if importlib.util.find_spec("vllm") is None:
-        for item in items:
-            if item.get_closest_marker("vllm") is not None:
-                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+    """Marks the slow tests, and skips those marked `vllm` where it is not installed, before a fixture starts it."""
+    slow = slow_functions()
+    for item in items:
+        if function_of(item.nodeid) in slow:
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("vllm") is not None and importlib.util.find_spec("vllm") is None:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-slow") and not hasattr(config, "workerinput"):  # the workers' reports come here
+        config.pluginmanager.register(Clock())
 
 
 def pytest_collection_finish() -> None:

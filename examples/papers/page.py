@@ -151,7 +151,8 @@ def spent(lines: Sequence[Line]) -> str:
     span = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     minutes = sum(line["seconds"] for line in lines) / 60
     machines = ", ".join(sorted({line["hardware"] for line in lines}))
-    days = " to ".join(sorted({line["date"] for line in lines}))
+    dates = sorted({line["date"] for line in lines})
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{len(lines)} runs, {span}, {minutes:.0f} minutes on one of 2 CPU cores ({machines}), shared; {days}"
 
 

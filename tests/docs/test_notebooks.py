@@ -52,14 +52,12 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return done
 
 
-@pytest.mark.slow
 def test_fine_tuning_learns(executed: dict[str, Any]) -> None:
     said = text(executed["finetune_with_dc_grpo"])
     before, after = (int(re.findall(rf"right {when} training: (\d+)%", said)[0]) for when in ("before", "after"))
     assert after >= before + 20
 
 
-@pytest.mark.slow
 def test_reading_finds_the_run_and_its_tokens(executed: dict[str, Any]) -> None:
     said = text(executed["reading_a_discrepancy"])
     assert "lagrangian, int4 rollouts" in said
@@ -67,7 +65,6 @@ def test_reading_finds_the_run_and_its_tokens(executed: dict[str, Any]) -> None:
     assert "healthy" in said  # calibrate's last word
 
 
-@pytest.mark.slow
 def test_a_published_model_is_calibrated_trained_reported_and_saved(executed: dict[str, Any]) -> None:
     notebook = executed["published_model"]
     said, folder = text(notebook), Path(notebook.metadata.folder)
@@ -92,7 +89,6 @@ def test_saved_outputs_are_those_of_one_whole_run(name: str) -> None:
     assert (EXAMPLES / f"notebooks/{name}.ipynb").stat().st_size < 500_000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_cells_ran_as_are_saved(executed: dict[str, Any], name: str) -> None:
     """A number printed from a seeded run on one kind of machine may differ on another; the shape of it may not."""

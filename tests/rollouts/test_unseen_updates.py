@@ -9,7 +9,6 @@ than half a step of bf16 in all of the run.
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from datasets import Dataset
 from runs import dc_trainer, logged
@@ -69,7 +68,6 @@ def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(completion == known) for completion, known in zip(completions, answer, strict=True)]
 
 
-@pytest.mark.slow
 def test_a_dithered_sampler_learns_what_one_rounded_to_nearest_does_not(tmp_path: Path) -> None:
     published = demonstrated()
     before = accuracy(published.bfloat16())

@@ -10,7 +10,7 @@ import torch
 from places import SUPPORT
 from processes import free_port, run_python
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
 
 def run(directory: Path, **engine: Any) -> dict[str, Any]:

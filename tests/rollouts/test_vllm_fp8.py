@@ -15,7 +15,6 @@ from vllm_process import VLLMServer
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.slow,
     pytest.mark.skipif(
         not torch.cuda.is_available() and not torch.cpu._is_avx512_supported(),
         reason="vLLM has no FP8 KV cache on CPUs without AVX-512",

@@ -19,7 +19,7 @@ from vllm_process import VLLMServer
 from dc_trl.rollouts.rounding import Dither
 from dc_trl.rollouts.vllm_server import check_logprobs_mode
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")

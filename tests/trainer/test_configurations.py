@@ -66,7 +66,6 @@ def test_every_two_values_meet() -> None:
             assert len(met) == len(FIELDS[first]) * len(FIELDS[second])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 def test_a_configuration_trains_or_is_refused_with_a_way_out(
     tmp_path: Path, policies: dict[bool, PreTrainedModel], share: int

@@ -4,7 +4,6 @@
 import json
 from typing import Any
 
-import pytest
 from places import ROOT
 from processes import run_python
 
@@ -17,7 +16,6 @@ def figures(*options: str, status: int = 0) -> dict[str, Any]:
     return json.loads(run_python(script, "--steps", str(STEPS), *options, status=status, timeout=500).stdout)
 
 
-@pytest.mark.slow
 def test_memory_stays_flat_and_files_bounded() -> None:
     found = figures()
     assert found["steps"] == STEPS and len(found["memory_mib"]) == STEPS // 50
@@ -25,7 +23,6 @@ def test_memory_stays_flat_and_files_bounded() -> None:
     assert found["log_bytes_a_step"] < 5_000
 
 
-@pytest.mark.slow
 def test_a_planted_leak_is_found() -> None:
     found = figures("--leak", "512", status=1)  # KiB a step: 125 MiB in all
     assert not found["memory_flat"]

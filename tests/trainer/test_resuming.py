@@ -134,7 +134,6 @@ def test_checkpoints_are_taken_by_number_and_other_names_are_none(tmp_path: Path
     assert newest(tmp_path, LAST).taken.name == "checkpoint-10"
 
 
-@pytest.mark.slow
 def test_killed_runs_resume_to_the_bit() -> None:
     done = run_python(ROOT / "examples/benchmarks/kills.py", "--kills", "3", "--json", "-", timeout=500)
     figures = json.loads(done.stdout)

@@ -85,7 +85,6 @@ def test_every_option_says_what_it_needs() -> None:
     assert {name for name, *_ in CASES} | SEEN_ELSEWHERE == set(NEEDS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value", "acting", "idle"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
 def test_an_option_acts_or_is_said_not_to(
     tmp_path: Path,

@@ -16,7 +16,7 @@ from vllm_process import VLLMServer
 
 from dc_trl.commands.cli import main
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
 # Longer than two blocks of the prefix cache.
 TEMPLATE = "the quick brown fox jumps over the lazy dog, 12 + 34 = 46. And then, {problem}? "

@@ -205,7 +205,7 @@ def test_an_interrupted_process_does_not_wait_for_the_server() -> None:
 class TestServer:
     """Against one real vLLM server on loopback."""
 
-    pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+    pytestmark = pytest.mark.vllm
 
     def test_score(self, server: VLLMServer, policy: Path, data: Path, tmp_path: Path) -> None:
         flags = ["--engine", "server", "--server_base_url", f"{server.url}/v1", "--precision", "fp32"]
@@ -237,7 +237,6 @@ class TestServer:
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
 def test_vllm_in_this_process(policy: Path, data: Path, tmp_path: Path) -> None:
     # A process of its own: vLLM initialises torch.distributed and does not give it back.
     kwargs = {"enforce_eager": True, "block_size": 32, "max_model_len": 64}
