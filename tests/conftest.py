@@ -5,6 +5,7 @@ import gc
 import importlib.util
 
 import pytest
+from asked_once import ask_once
 from slow_list import LIST, SECONDS, Clock, function_of, slow_functions
 
 
@@ -29,11 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Takes what the imports made out of the garbage collector's sight.
+    """Takes what the imports made out of the garbage collector's sight, and has what they imported ask once.
 
     Accelerate collects garbage as each training starts, and would go through a million objects of the libraries, which
     takes as long as a training of three steps does.
     """
+    ask_once()
     gc.collect()
     gc.freeze()
 

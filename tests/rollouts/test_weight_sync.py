@@ -12,6 +12,7 @@ import pytest
 import requests
 import torch
 from accelerate import Accelerator
+from accelerate.utils import imports
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from places import SUPPORT
 from processes import free_port, run_ranks
@@ -241,6 +242,8 @@ def test_a_sync_reads_no_package_metadata(monkeypatch: pytest.MonkeyPatch) -> No
     _, engine = deep_engine()
     engine.sync_weights()
     read: list[str] = []
+    # As it is outside of the tests, which ask once; see `asked_once`.
+    monkeypatch.setattr(imports, "_is_package_available", imports._is_package_available.__wrapped__)
     original = importlib.metadata.PathDistribution.read_text
     monkeypatch.setattr(
         importlib.metadata.PathDistribution,
