@@ -64,8 +64,11 @@ FIGURES = {
 def render(lines: Sequence[Line], theory: Sequence[Line]) -> str:
     """The page's text."""
     parts = [INTRO, _first_page(lines, theory), READING]
+    # A block that several sections need has its table in the last of them.
+    last = {claim.block: title for title, claims in SECTIONS.items() for claim in claims}
     for title, claims in SECTIONS.items():
-        parts.append(_section(title, claims, lines))
+        blocks = [name for name in dict.fromkeys(claim.block for claim in claims) if last[name] == title]
+        parts.append(_section(title, claims, blocks, lines))
     parts += [theory_page(theory), _cost(lines)]
     return "\n".join(parts)
 
@@ -102,13 +105,14 @@ def difference(found: Estimate, log: bool) -> str:
     return f"{'×' if log else ''}{middle} [{low}, {high}], p = {found.p:.2g}"
 
 
-def _section(title: str, claims: Sequence[Claim], lines: Sequence[Line]) -> str:
+def _section(title: str, claims: Sequence[Claim], blocks: Sequence[str], lines: Sequence[Line]) -> str:
+    """A section's claims, and the tables of these blocks."""
     parts = [f"## {title}", ""]
     if title in FIGURES and (DOCS / "images" / FIGURES[title]).exists():
         parts += [f"![{title}](images/{FIGURES[title]})", ""]
     parts += ["| claim | whose | verdict | difference | n |", "|---|---|---|---|---|"]
     parts += [_row(claim, lines) for claim in claims]
-    for name in dict.fromkeys(claim.block for claim in claims):
+    for name in blocks:
         parts += ["", _arms(name, lines)]
     return "\n".join([*parts, ""])
 
