@@ -7,7 +7,7 @@ import pytest
 from places import ROOT
 
 LIST = ROOT / "tests/slow.txt"
-SECONDS = 0.3
+SECONDS = 0.2
 """What a test may take in the mean over its parameters, on an idle machine, for `make check` to run it."""
 SETUP_SECONDS = 1.0
 """What its fixtures may; those that take longer serve a file, all of which is slow then."""
