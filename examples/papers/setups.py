@@ -82,6 +82,10 @@ class Arm:
     data: float = 1.0
     trainer: Callable[..., Any] | None = None
 
+    def problems_in(self, regime: Regime) -> int:
+        """How many problems a run in a regime has: its share, and no fewer than one rollout needs."""
+        return max(regime.batch // GROUP, round(self.data * regime.rollouts * regime.batch / GROUP))
+
     def options_in(self, regime: Regime) -> dict[str, Any]:
         """The options of a run in a regime."""
         scaled = {} if self.rate == 1.0 else {"learning_rate": regime.learning_rate * self.rate}

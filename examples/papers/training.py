@@ -20,7 +20,7 @@ from dc_trl import DCGRPOConfig, DCGRPOTrainer
 from papers import published
 from papers.outcomes import curves, outcomes
 from papers.penalty_forms import add_logit_diff
-from papers.setups import GROUP, Arm, Regime
+from papers.setups import Arm, Regime
 from papers.stack import Stack
 from papers.start import WARMUP_STEPS, held_out_problems, load_policy, training_problems, warm_start
 
@@ -97,8 +97,8 @@ def build_trainer(
     add_logit_diff()
     config = DCGRPOConfig(seed=seed, **options)
     tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
-    count = round(arm.data * regime.rollouts * regime.batch / GROUP)
-    problems = Dataset.from_list(prompts(training_problems(seed, count), tokenizer, stack))
+    given = training_problems(seed, arm.problems_in(regime))
+    problems = Dataset.from_list(prompts(given, tokenizer, stack))
     kind = arm.trainer or DCGRPOTrainer
     model = load_policy(policy, regime.grid)
     trainer = kind(model, SumReward(workers=1), config, problems, processing_class=tokenizer)

@@ -25,6 +25,17 @@ def test_every_arm_is_a_configuration(tmp_path: Path) -> None:
                 assert config.max_steps == regime.rollouts * regime.updates
 
 
+def test_repeated_problems_are_those_of_the_share_and_fill_a_rollout_in_the_smoke_too() -> None:
+    from papers.arms import CLAIM_ARMS, STRESSED
+    from papers.blocks import BLOCKS
+    from papers.quick import shortened
+
+    shares = {arm.name: arm.problems_in(STRESSED) for arm in CLAIM_ARMS}
+    assert (shares["dual"], shares["data-quarter"], shares["data-fortieth"]) == (320, 80, 8)
+    for block in map(shortened, BLOCKS.values()):
+        assert all(arm.problems_in(regime) >= regime.batch // 8 for regime, arm in block.runs)
+
+
 def test_no_run_is_planned_twice_and_arms_come_seed_by_seed() -> None:
     from papers.blocks import BLOCKS, SEEDS, STAGES, planned
 
