@@ -123,7 +123,7 @@ class FormTrainer(DCGRPOTrainer):
     """The library's trainer with another form of its penalty.
 
     TRL deals the completions of a group out over the updates on a rollout, so that their mean cost is taken before,
-    while they are together.
+    while they are together. With one update a rollout there are no log-probs to take it from, which is an error.
     """
 
     _constraint: FormConstraint
@@ -135,6 +135,11 @@ class FormTrainer(DCGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
         if self._constraint.form.group and self.model.training:
+            if "old_per_token_logps" not in batch:
+                raise ValueError(
+                    "what a group costs is taken from the log-probs before the first of several updates, and TRL "
+                    "keeps none for a single one: raise `steps_per_generation`."
+                )
             pi, mu = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
             valid = valid_tokens(mu, batch["completion_mask"], pi)
             cost = self._constraint.cost(token_discrepancy(pi, mu, self.args.discrepancy_metric), valid)

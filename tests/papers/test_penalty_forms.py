@@ -62,20 +62,29 @@ def test_a_group_costs_at_each_position_what_all_its_completions_do_in_the_mean(
     torch.testing.assert_close(group_mean(d, valid, 2), torch.stack([first, first, second, second]))
 
 
-@pytest.mark.parametrize("to_go", [False, True])
-def test_a_groups_penalties_cancel_however_it_is_dealt_out_over_the_updates(to_go: bool, tmp_path: Path) -> None:
+def centred_trainer(output_dir: Path, to_go: bool, **options: Any) -> Any:
     from papers.penalty_forms import FormTrainer
 
-    options = {"rollout_backend": "transformers", "rollout_precision": "int4", "steps_per_generation": 4}
-    options |= {"constraint": "fixed", "multiplier_init": 0.5, "max_steps": 4}
-    trainer = FormTrainer(
+    options |= {"rollout_backend": "transformers", "rollout_precision": "int4", "max_steps": 4}
+    options |= {"constraint": "fixed", "multiplier_init": 0.5}
+    return FormTrainer(
         tiny_model(),
         count_digits,
-        DCGRPOConfig(**settings(tmp_path, **options)),
+        DCGRPOConfig(**settings(output_dir, **options)),
         PROMPTS,
         processing_class=tiny_tokenizer(),
         form=form(to_go=to_go, group=True),
     )
+
+
+def test_one_update_a_rollout_has_nothing_to_centre_by(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="raise `steps_per_generation`"):
+        centred_trainer(tmp_path, to_go=False).train()
+
+
+@pytest.mark.parametrize("to_go", [False, True])
+def test_a_groups_penalties_cancel_however_it_is_dealt_out_over_the_updates(to_go: bool, tmp_path: Path) -> None:
+    trainer = centred_trainer(tmp_path, to_go, steps_per_generation=4)
     sums: dict[tuple[int, ...], torch.Tensor] = {}
     sizes: list[float] = []
 

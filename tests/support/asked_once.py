@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libraries ask again in every step, or do for devices that are not there: half of a training of three steps."""
+"""What libraries ask again in every step, or do for devices that are not there: a quarter of a short training."""
 
 import sys
 from functools import cache

@@ -2,7 +2,7 @@
 """What the server of `forked` loads for processes that need vLLM, which takes 20 seconds of a core.
 
 On a CPU vLLM starts its engine and its worker as fresh Python processes, which load everything again. Here they are
-forks too, as they are on GPUs by vLLM's own default.
+forks too, as vLLM's `VLLM_WORKER_MULTIPROC_METHOD` has it by default for an `LLM` on a GPU.
 """
 
 import gc
